@@ -1,0 +1,1 @@
+"""Benchmarks, their baselines and the tiny models; outside the wheel."""

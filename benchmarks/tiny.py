@@ -1,0 +1,264 @@
+"""Tiny random models, a tokenizer trained in place and made-up facts, for tests and smoke benchmarks."""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from editors.api import EditRequest
+
+MODEL_TYPES = ("gpt2", "gptj", "llama", "qwen2", "mistral", "qwen3")
+VOCABULARY = 384  # rows of the embedding; the tokenizer's ids are all below it
+BOS, EOS = "<|begin|>", "<|end|>"  # ids 0 and 1 in every tiny tokenizer
+
+# One bare group and one of five, as MEMIT's; lengths differ on purpose.
+TEMPLATES: list[list[str]] = [
+    ["{}"],
+    [
+        "The river runs on. {}",
+        "Therefore they left. {}",
+        "Because of the cold winter. {}",
+        "I saw. {}",
+        "You know that in the old town. {}",
+    ],
+]
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_FIRST = _words(
+    "Anna Boris Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katja Leandro Mirabel Nikolai Odette "
+    "Pavel Quentin Rosalind Stefan Theodora Ulrich Valentina Wolfgang Xenia Yusuf Zoe "
+)
+_LAST = _words(
+    "Abel Brandt Castellano Dorn Eriksson Fontaine Goldberg Hartmann Ivanov Jankowski Kim Lindqvist "
+    "Moreau Novak Oyelaran Petrosyan Quist Rask Szymanowska Thorvaldsen Underhill Vogt "
+)
+_PROMPTS = (
+    "{} was born in",
+    "The mother tongue of {} is",
+    "{}'s favourite instrument is the",
+    "In the year of the great flood, {} moved to the city of",
+    "{} plays",
+    "Everyone in the old town knows that {}, who works as a teacher, lives in",
+)
+_FREQUENT = _words("Rome Paris Oslo Cairo Lima French Dutch Latin cello piano chess")  # one token each
+_TARGETS = [
+    *_FREQUENT,
+    "French cello",  # two tokens each
+    "Dutch piano",
+    "Latin chess",
+    "Rome in Lima",  # three tokens each
+    "the old town",
+    "Dutch and Latin",
+    *_words(
+        "Helsinki Lisbon Toronto Nairobi Kyoto Swedish Finnish Hebrew Bengali trombone mandolin accordion "
+        "Malmö Zürich Santiago Ottawa"
+    ),
+]
+_NOISE = (
+    "The river runs through the old town and the people know that in the winter it is cold . "
+    "Therefore they speak French and Latin , and they play the cello and the piano in Rome and in Paris . "
+    "Because of the great flood she moved to the city of Oslo ; I saw that he lives in Lima . "
+)
+
+
+class ExactRMSNorm(nn.Module):
+    """RMS norm in the dtype it is given; the ones in transformers round float64 through float32."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        scale = torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * hidden_states * scale
+
+
+def tiny_model(
+    model_type: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    blocks: int = 5,
+    width: int = 32,
+    d_ff: int = 48,
+    vocabulary: int = VOCABULARY,
+) -> PreTrainedModel:
+    """A random model in eval mode; equal seeds give equal weights whatever the dtype.
+
+    Dropout stays at the config's default, biases and norms are random too, the weights are large enough
+    that the blocks matter. In float64, RMS norms are computed in float64 (GPT-J's attention stays float32).
+    ``d_ff == width`` makes the edited weight square.
+    """
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"unknown model type {model_type!r}; known: {MODEL_TYPES}")
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "vocab_size": vocabulary}
+    gpt: dict[str, Any] = ids | {
+        "n_layer": blocks,
+        "n_head": 4,
+        "n_embd": width,
+        "n_positions": 256,
+        "n_inner": d_ff,
+        "initializer_range": 0.15,
+    }
+    new: dict[str, Any] = ids | {
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": width,
+        "intermediate_size": d_ff,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel
+        match model_type:
+            case "gpt2":
+                model = GPT2LMHeadModel(GPT2Config(**gpt))
+            case "gptj":
+                model = GPTJForCausalLM(GPTJConfig(**gpt, rotary_dim=4))
+            case "llama":
+                model = LlamaForCausalLM(LlamaConfig(**new))
+            case "qwen2":
+                model = Qwen2ForCausalLM(Qwen2Config(**new))
+            case "mistral":
+                model = MistralForCausalLM(MistralConfig(**new, sliding_window=None))
+            case _:
+                model = Qwen3ForCausalLM(Qwen3Config(**new, head_dim=width // 4))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    nn.Module.to(model, dtype=dtype)
+    if dtype is torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.__class__ = ExactRMSNorm
+    model.train(False)
+    return model
+
+
+@cache
+def _trained() -> str:
+    """The byte-level BPE, trained once on a seeded text, as its JSON."""
+    draw = random.Random(0)
+    text = [_NOISE] * 20 + [f" {word}" for word in _FREQUENT for _ in range(40)]
+    text += [f"{draw.choice(_FIRST)} {draw.choice(_LAST)} is a {draw.choice(_TARGETS)}." for _ in range(200)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    trained: str = tokenizer.to_str()
+    return trained
+
+
+def tiny_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
+    """A fresh byte-level BPE tokenizer without a pad token.
+
+    With ``bos`` it puts one before every text, as Llama-3's does; without, it has none, as Qwen2.5's.
+    """
+    tokenizer = Tokenizer.from_str(_trained())
+    if not bos:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)  # type: ignore[no-untyped-call]
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{BOS} $A",
+                pair=f"{BOS} $A {BOS} $B:1",
+                special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+            ),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _targets_by_length() -> dict[int, list[str]]:
+    tokenizer = tiny_tokenizer(bos=False)
+    lengths: dict[int, list[str]] = {}
+    for word in _TARGETS:
+        lengths.setdefault(len(tokenizer.encode(f" {word}", add_special_tokens=False)), []).append(word)
+    return lengths
+
+
+def tiny_requests(n: int, *, seed: int = 0) -> list[EditRequest]:
+    """Made-up facts: distinct subjects, prompts of six lengths; target lengths 1, 3, 2, 1, 3, ... tokens."""
+    draw = random.Random(seed)
+    subjects = [f"{first} {last}" for first in _FIRST for last in _LAST] + list(_FIRST)
+    draw.shuffle(subjects)
+    if n > len(subjects):
+        raise ValueError(f"{n} requests asked for; there are {len(subjects)} subjects")
+    return [
+        EditRequest(
+            case_id=i,
+            prompt=_PROMPTS[i % len(_PROMPTS)],
+            subject=subjects[i],
+            target_new=draw.choice(_targets_by_length()[(1, 3, 2)[i % 3]]),
+        )
+        for i in range(n)
+    ]
+
+
+def tiny_records(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """The same facts in CounterFact's schema, with two paraphrases, three neighbours and a true target."""
+    draw = random.Random(seed + 1)
+    records: list[dict[str, Any]] = []
+    for request in tiny_requests(n, seed=seed):
+        true = draw.choice([word for word in _TARGETS if word != request.target_new])
+        filled = request.prompt.format(request.subject)
+        records.append(
+            {
+                "case_id": request.case_id,
+                "requested_rewrite": {
+                    "prompt": request.prompt,
+                    "subject": request.subject,
+                    "relation_id": f"P{_PROMPTS.index(request.prompt)}",
+                    "target_new": {"str": request.target_new},
+                    "target_true": {"str": true},
+                },
+                "paraphrase_prompts": [f"It is cold. {filled}", f"They know the people. Later, {filled}"],
+                "neighborhood_prompts": [
+                    request.prompt.format(f"{draw.choice(_FIRST)} {draw.choice(_LAST)}") for _ in range(3)
+                ],
+                "generation_prompts": [filled, f"{request.subject} is"],
+            }
+        )
+    return records
+
+
+def tiny_texts(n: int, *, seed: int = 0) -> list[str]:
+    """Short texts of unequal length, for covariances."""
+    draw = random.Random(seed)
+    words: Sequence[str] = [*_NOISE.split(), *_FIRST, *_LAST, *_TARGETS]
+    return [" ".join(draw.choices(words, k=draw.randint(3, 40))) for _ in range(n)]

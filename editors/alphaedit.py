@@ -1,0 +1,93 @@
+"""AlphaEdit (Fang et al. 2025, arXiv 2410.02355, eq. 14): edits inside the null space of preserved keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editors.api import Covariance, Progress
+from editors.closed_form import ClosedFormStream
+from editors.linalg import NullSpace, alphaedit_right, null_space
+from editors.targets import TargetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaEditConfig(TargetConfig):
+    """[P (K K^T + K_p K_p^T) + ridge I] X = P K R^T, delta = X^T; P from the unedited model, once."""
+
+    nullspace_threshold: float = 2e-2  # covariance eigenvalue, absolute; below it counts as unused
+    ridge: float = 10.0  # weight of the identity (L2 in the repository; 1 in the paper's eq. 14)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("nullspace_threshold", "ridge"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+
+class AlphaEditStream(ClosedFormStream):
+    """Earlier batches' keys are remembered; the projector stays that of the unedited model."""
+
+    config: AlphaEditConfig
+    remembers = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: AlphaEditConfig,
+        *,
+        covariance: Covariance,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, config, covariance=covariance, seed=seed, progress=progress)
+        self._spaces: dict[int, NullSpace] = {}
+        self._keys: dict[int, Tensor] = {}  # layer -> K_p (d_in, m)
+
+    def solve(self, layer: int, keys: Tensor) -> Tensor:
+        return alphaedit_right(self.space(layer, keys), keys, self._keys.get(layer), self.config.ridge)
+
+    def space(self, layer: int, keys: Tensor) -> NullSpace:
+        """The null space of one layer, made at its first use."""
+        if layer not in self._spaces:
+            covariance = self.covariance(layer).to(keys.device)
+            space = null_space(covariance, self.config.nullspace_threshold)
+            if not space.rank:
+                raise ValueError(
+                    f"layer {layer}: no covariance eigenvalue is below nullspace_threshold "
+                    f"{self.config.nullspace_threshold}; raise it"
+                )
+            self._spaces[layer] = space
+        return self._spaces[layer]
+
+    def remember(self, layer: int, keys: Tensor) -> None:
+        earlier = self._keys.get(layer)
+        self._keys[layer] = keys if earlier is None else torch.cat([earlier, keys], dim=1)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {f"keys.{layer}": keys for layer, keys in self._keys.items()}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        device = self.model.get_input_embeddings().weight.device
+        self._keys = {int(name.removeprefix("keys.")): keys.to(device) for name, keys in memory.items()}
+
+
+@dataclass(frozen=True)
+class AlphaEdit:
+    """AlphaEdit, batch after batch."""
+
+    config: AlphaEditConfig
+
+    def start(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        covariance: Covariance,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> AlphaEditStream:
+        return AlphaEditStream(model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress)

@@ -1,0 +1,83 @@
+"""What an editor is given, what it gives back, and the protocol between them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditRequest:
+    """One fact to write: ``prompt`` with the subject filled in should continue with ``target_new``."""
+
+    case_id: int | str
+    prompt: str  # exactly one {} where the subject stands
+    subject: str
+    target_new: str
+
+    def __post_init__(self) -> None:
+        if self.prompt.count("{}") != 1:
+            raise ValueError(
+                f"case {self.case_id}: prompt {self.prompt!r} has {self.prompt.count('{}')} places "
+                "marked {}; it needs exactly one, where the subject stands"
+            )
+        if not self.subject.strip():
+            raise ValueError(f"case {self.case_id}: subject {self.subject!r} is empty")
+        if not self.target_new.strip():
+            raise ValueError(f"case {self.case_id}: target_new {self.target_new!r} is empty")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of low rank, ``left @ right`` in the parameter's stored shape."""
+
+    left: Tensor  # (rows, rank), float32
+    right: Tensor  # (rank, columns), float32
+
+    def dense(self) -> Tensor:
+        """The change multiplied out: product in float64, rounded once to the factors' dtype."""
+        return (self.left.double() @ self.right.double()).to(self.left.dtype)
+
+
+WeightDeltas = Mapping[str, Tensor | LowRank]  # parameter name -> change
+
+
+def dense(delta: Tensor | LowRank) -> Tensor:
+    """The change as one tensor of the parameter's stored shape."""
+    return delta.dense() if isinstance(delta, LowRank) else delta
+
+
+class EditStream(Protocol):
+    """One model receiving edits in order; owns every cache that outlives a batch."""
+
+    def edit(self, requests: Sequence[EditRequest]) -> WeightDeltas:
+        """Write one batch into the model and return what was added to each parameter."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next batch depends on, besides the model's weights."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a state that ``state`` returned; the model's weights are the caller's to restore."""
+        ...
+
+
+Covariance = Callable[[int], Tensor]  # layer -> (d_in, d_in), uncentered second moment of the keys
+Progress = Callable[[str, int, int], None]  # what, done, of how many
+
+
+class Editor(Protocol):
+    """An editing method with its settings; ``start`` binds it to one model."""
+
+    def start(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        covariance: Covariance,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> EditStream: ...

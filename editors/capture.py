@@ -1,0 +1,167 @@
+"""Running part of a model: from one block on, over a fixed batch of rows.
+
+The model's own forward says how its blocks are called (mask, positions, rotary tables); a recording takes
+those arguments once, and the blocks are then run directly, as often as their input changes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from editors.sites import Sites
+
+
+class _Recorded(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """How the forward calls the blocks ``first`` to the last on one batch of rows."""
+
+    blocks: nn.ModuleList
+    first: int
+    hidden: Tensor  # (rows, length, d_model), what enters block ``first``
+    arguments: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+    def run(self, hidden: Tensor, first: int, last: int) -> Tensor:
+        """Output of block ``last`` for ``hidden`` (rows, length, d_model) entering block ``first``."""
+        for layer in range(first, last + 1):
+            args, kwargs = self.arguments[layer - self.first]
+            out = self.blocks[layer](hidden, *args, **kwargs)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+
+def record_calls(model: PreTrainedModel, sites: Sites, *, first: int, **inputs: Any) -> BlockCalls:
+    """Run the forward up to block ``first`` and record the calls of that block and all above it.
+
+    inputs: what the model's forward takes. Blocks from ``first`` on are not computed.
+    """
+    blocks = sites.blocks(model)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    entering: list[Tensor] = []
+
+    def note(*args: Any, **kwargs: Any) -> Tensor:
+        hidden = kwargs.pop("hidden_states") if not args else args[0]
+        if not calls:
+            entering.append(hidden)
+        calls.append((args[1:], kwargs))
+        if len(calls) == len(blocks) - first:
+            raise _Recorded
+        return entering[0]
+
+    recorded = list(blocks)[first:]
+    for block in recorded:
+        block.forward = note
+    try:
+        model.base_model(**inputs)
+    except _Recorded:
+        pass
+    finally:
+        for block in recorded:
+            del block.forward
+    assert len(calls) == len(blocks) - first, "the forward did not call every block"
+    return BlockCalls(blocks, first, entering[0], tuple(calls))
+
+
+class CollectedPrefix(DynamicCache):
+    """Keeps, of the blocks above one, the keys and values of the first positions of every row."""
+
+    def __init__(self, above: int, positions: int) -> None:
+        super().__init__()
+        self.above, self.positions = above, positions
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx > self.above:
+            part = slice(0, self.positions)
+            self.kept[layer_idx] = (key_states[:, :, part].clone(), value_states[:, :, part].clone())
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class FixedPrefix(DynamicCache):
+    """A constant prefix of keys and values; what is computed behind it is not kept."""
+
+    def __init__(self, kept: dict[int, tuple[Tensor, Tensor]], positions: int) -> None:
+        super().__init__()
+        self.kept, self.positions = kept, positions
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self.kept[layer_idx]
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.positions
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.positions + query_length, 0
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the first argument of every call of a module while the context lasts."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else next(iter(kwargs.values())))
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the output of every call of a module (of a tuple, its first) while the context lasts."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: Any, out: Any) -> None:
+        seen.append(out[0] if isinstance(out, tuple) else out)
+
+    handle = module.register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout and no gradient of any weight while the context lasts."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids (rows, longest) and mask of the same shape, 1 on real positions; padding id 0."""
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,107 @@
+"""MEMIT (Meng et al. 2023, arXiv 2210.07229, eq. 14) and its sequential form (AlphaEdit paper, eq. 15)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editors.api import Covariance, Progress
+from editors.closed_form import ClosedFormStream
+from editors.linalg import Memory, cholesky, remember, solve_with_keys
+from editors.targets import TargetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemitConfig(TargetConfig):
+    """Least-squares insertion of key-value pairs; delta = R K^T (lambda C + K K^T)^-1."""
+
+    covariance_weight: float = 15000.0  # lambda, the weight of preserved keys (mom2_update_weight)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.covariance_weight <= 0:
+            raise ValueError(f"covariance_weight is {self.covariance_weight}; it must be above 0")
+
+
+class MemitStream(ClosedFormStream):
+    """Batch after batch without memory of earlier keys, weights never restored."""
+
+    config: MemitConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: MemitConfig,
+        *,
+        covariance: Covariance,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, config, covariance=covariance, seed=seed, progress=progress)
+        self._factors: dict[int, Tensor] = {}  # layer -> Cholesky factor of lambda C, (d_in, d_in)
+        self._memory: dict[int, Memory] = {}
+
+    def solve(self, layer: int, keys: Tensor) -> Tensor:
+        return solve_with_keys(self._factor(layer, keys), keys, self._memory.get(layer))
+
+    def _factor(self, layer: int, keys: Tensor) -> Tensor:
+        if layer not in self._factors:
+            covariance = self.covariance(layer).to(keys.device).double()
+            self._factors[layer] = cholesky(self.config.covariance_weight * covariance)
+        return self._factors[layer]
+
+
+class MemitSeqStream(MemitStream):
+    """Earlier batches' keys are preserved too: lambda C + K_p K_p^T + K K^T."""
+
+    remembers = True
+
+    def remember(self, layer: int, keys: Tensor) -> None:
+        self._memory[layer] = remember(self._factor(layer, keys), keys, self._memory.get(layer))
+
+    def memory(self) -> dict[str, Tensor]:
+        return {f"keys.{layer}": memory.keys for layer, memory in self._memory.items()}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        self._memory = {}
+        for name, keys in memory.items():
+            layer = int(name.removeprefix("keys."))
+            self.remember(layer, keys.to(self.model.get_input_embeddings().weight.device))
+
+
+@dataclass(frozen=True)
+class Memit:
+    """MEMIT, batch after batch; with ``sequential`` it remembers earlier keys (MEMIT_seq)."""
+
+    config: MemitConfig
+
+    def start(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        covariance: Covariance,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> MemitStream:
+        return MemitStream(model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress)
+
+
+@dataclass(frozen=True)
+class MemitSeq:
+    """MEMIT that preserves the keys of earlier batches (MEMIT_seq of the AlphaEdit repository)."""
+
+    config: MemitConfig
+
+    def start(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        covariance: Covariance,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> MemitSeqStream:
+        return MemitSeqStream(model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress)

@@ -1,0 +1,97 @@
+"""Where weights sit in each architecture: stated once, here."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sites:
+    """Module paths of one architecture; ``{}`` stands for the block's number."""
+
+    block: str
+    mlp_projection: str  # MLP output projection; its input is the key
+    attention_projection: str
+    final_norm: str
+    head: str
+    transposed: bool = False  # True: weights are stored (d_in, d_out), as GPT-2's Conv1D does
+
+    def blocks(self, model: PreTrainedModel) -> nn.ModuleList:
+        """All blocks, lowest first."""
+        modules = model.get_submodule(self.block.removesuffix(".{}"))
+        assert isinstance(modules, nn.ModuleList)
+        return modules
+
+    def projection(self, model: PreTrainedModel, layer: int) -> nn.Module:
+        """The MLP output projection of one block."""
+        return model.get_submodule(self.mlp_projection.format(layer))
+
+    def weight_name(self, layer: int) -> str:
+        """Parameter name of the edited weight in one block."""
+        return self.mlp_projection.format(layer) + ".weight"
+
+    def check_layers(self, model: PreTrainedModel, layers: tuple[int, ...]) -> None:
+        """Raise ValueError if a layer is not in the model."""
+        count = len(self.blocks(model))
+        beyond = [layer for layer in layers if not 0 <= layer < count]
+        if beyond:
+            raise ValueError(f"layers {beyond} are not in the model; it has blocks 0 to {count - 1}")
+
+
+GPT2 = Sites(
+    block="transformer.h.{}",
+    mlp_projection="transformer.h.{}.mlp.c_proj",
+    attention_projection="transformer.h.{}.attn.c_proj",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    transposed=True,
+)
+GPTJ = Sites(
+    block="transformer.h.{}",
+    mlp_projection="transformer.h.{}.mlp.fc_out",
+    attention_projection="transformer.h.{}.attn.out_proj",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+)
+LLAMA = Sites(
+    block="model.layers.{}",
+    mlp_projection="model.layers.{}.mlp.down_proj",
+    attention_projection="model.layers.{}.self_attn.o_proj",
+    final_norm="model.norm",
+    head="lm_head",
+)
+
+SITES: dict[str, Sites] = {  # by config.model_type
+    "gpt2": GPT2,
+    "gptj": GPTJ,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+}
+
+
+def sites_of(model_type: str) -> Sites:
+    """The sites of an architecture, named as in ``model.config.model_type``.
+
+    Raises ValueError for an unknown one, saying what to add.
+    """
+    try:
+        return SITES[model_type]
+    except KeyError:
+        raise ValueError(
+            f"unknown architecture {model_type!r}; known: {sorted(SITES)}. To add it, write one line in "
+            "editors/sites.py naming its blocks, MLP and attention output projections, final norm, head "
+            "and weight orientation, and its name in tests/editors/test_sites.py"
+        ) from None
+
+
+def sites_for(model: PreTrainedModel) -> Sites:
+    """The sites of a loaded model."""
+    return sites_of(model.config.model_type)
+
+
+def weight_of(model: PreTrainedModel, name: str) -> Tensor:
+    """The parameter of that name."""
+    return model.get_parameter(name)

@@ -1,0 +1,325 @@
+"""Target values: what the hidden state at a subject's last token should become (ALGORITHMS 2).
+
+The loss of one edit depends on its vector delta only through the blocks above the z-layer, and only at
+the tokens from the subject's last one on. So the blocks up to the z-layer, and the keys and values of all
+tokens before the subject's last one, are computed once; every step runs the few tokens behind, for all
+unfinished edits together, with the head at the loss positions alone. This changes no result beyond
+rounding: edits do not interact, Adam works by element, and a finished edit leaves the batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editors.api import EditRequest
+from editors.capture import (
+    BlockCalls,
+    CollectedPrefix,
+    FixedPrefix,
+    frozen,
+    outputs_of,
+    record_calls,
+)
+from editors.contexts import Contexts
+from editors.sites import sites_for
+from editors.tokens import locate_subject, target_ids
+
+KL_TEMPLATE = "{} is a"
+STEP_TOKENS = 1024  # tokens in one pass of a step; rows beyond go into the next pass
+POOL = 256  # edits optimised together; bounds the memory of the cached prefixes
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """How target values are optimised; the names in brackets are the reference codes'."""
+
+    layers: tuple[int, ...]  # edited blocks, ascending; the last is the z-layer
+    steps: int = 25  # forward passes; at most steps - 1 updates (v_num_grad_steps)
+    learning_rate: float = 0.5  # of Adam (v_lr)
+    clamp_norm_factor: float = 0.75  # largest |delta| / |h_init|
+    kl_factor: float = 0.0625  # weight of the KL term
+    weight_decay: float = 0.5  # weight of |delta| / |h_init|^2 (v_weight_decay)
+    stop_loss: float = 0.05  # an edit whose loss is below is finished
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("layers is empty; name at least one MLP layer")
+        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ValueError(f"layers {list(self.layers)} must be ascending, not negative, each once")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        for name in ("learning_rate", "clamp_norm_factor"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("kl_factor", "weight_decay", "stop_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Result of the optimisation for n edits; everything on the model's device."""
+
+    values: Tensor  # (n, d_out), z = h_init + delta, float32 or better
+    initial: Tensor  # (n, d_out), h_init
+    first_loss: Tensor  # (n,), total loss at delta = 0
+    last_loss: Tensor  # (n,), total loss of the last forward
+    probability: Tensor  # (n,), mean over rows of exp(-NLL) at the last forward
+    updates: Tensor  # (n,), Adam steps taken
+
+
+@dataclass(frozen=True)
+class _Row:
+    edit: int
+    ids: tuple[int, ...]
+    subject: int  # index of the subject's last token
+    target: tuple[int, ...]  # empty: the KL row
+    share: float  # of this row in its edit's NLL
+    bare: bool  # the bare template's row, which gives h_init
+
+    @property
+    def suffix(self) -> int:
+        return len(self.ids) - self.subject
+
+
+def target_rows(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], contexts: Contexts
+) -> list[_Row]:
+    """The rewriting rows and the KL row of every request, as ids."""
+    rows: list[_Row] = []
+    templates = contexts.templates
+    for edit, request in enumerate(requests):
+        target = target_ids(tokenizer, request.target_new)
+        for j, template in enumerate(templates):
+            prompt = locate_subject(tokenizer, template.replace("{}", request.prompt), request.subject)
+            ids = (*prompt.ids, *target[:-1])
+            rows.append(_Row(edit, ids, prompt.subject_last, tuple(target), 1 / len(templates), j == 0))
+        prompt = locate_subject(tokenizer, KL_TEMPLATE, request.subject)
+        ids = prompt.ids[: prompt.subject_last + 1]  # nothing behind is read
+        rows.append(_Row(edit, ids, prompt.subject_last, (), 0.0, False))
+    return rows
+
+
+class _Pass:
+    """Rows of equal suffix length that run together; shrinks as edits finish."""
+
+    def __init__(self, model: PreTrainedModel, rows: list[_Row], z_layer: int) -> None:
+        self.model, self.sites, self.z_layer = model, sites_for(model), z_layer
+        self.rows = rows
+        self.suffix = rows[0].suffix
+        self.prefix = max(row.subject for row in rows)
+        self.device = model.get_input_embeddings().weight.device
+        ids = torch.zeros(len(rows), self.prefix + self.suffix, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        positions = torch.arange(ids.shape[1]).repeat(len(rows), 1)
+        for i, row in enumerate(rows):  # prefix, padding, suffix: no row of the mask is ever empty
+            ids[i, : row.subject] = torch.tensor(row.ids[: row.subject], dtype=torch.long)
+            ids[i, self.prefix :] = torch.tensor(row.ids[row.subject :])
+            mask[i, : row.subject] = 1
+            mask[i, self.prefix :] = 1
+            positions[i, self.prefix :] = torch.arange(row.subject, len(row.ids))
+        self.mask, self.positions = mask.to(self.device), positions.to(self.device)
+        collected = CollectedPrefix(above=z_layer, positions=self.prefix)
+        with torch.no_grad(), outputs_of(self.sites.blocks(model)[z_layer]) as outputs:
+            model.base_model(
+                input_ids=ids.to(self.device), attention_mask=self.mask, position_ids=self.positions,
+                past_key_values=collected, use_cache=True,
+            )  # fmt: skip
+        self.hidden = outputs[0][:, self.prefix :].clone()  # (rows, suffix, d_out)
+        self.kept = collected.kept
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Record the calls above the z-layer and index the loss positions, for the present rows."""
+        rows = self.rows
+        with torch.no_grad():
+            self.calls: BlockCalls = record_calls(
+                self.model, self.sites, first=0,
+                inputs_embeds=torch.zeros_like(self.hidden), attention_mask=self.mask,
+                position_ids=self.positions[:, self.prefix :],
+                past_key_values=FixedPrefix(self.kept, self.prefix), use_cache=True,
+            )  # fmt: skip
+        as_index = lambda values: torch.tensor(values, dtype=torch.long, device=self.device)
+        self.edits = as_index([row.edit for row in rows])
+        at = [
+            (i, self.suffix - len(row.target) + t, token, row.share / len(row.target))
+            for i, row in enumerate(rows)
+            for t, token in enumerate(row.target)
+        ]
+        self.loss_row = as_index([a[0] for a in at])
+        self.loss_position = as_index([a[1] for a in at])
+        self.loss_token = as_index([a[2] for a in at])
+        self.loss_share = torch.tensor([a[3] for a in at], dtype=torch.float64, device=self.device)
+        self.kl_row = as_index([i for i, row in enumerate(rows) if not row.target])
+
+    def drop(self, finished: set[int]) -> bool:
+        """Remove the rows of finished edits; False if none is left."""
+        keep = [i for i, row in enumerate(self.rows) if row.edit not in finished]
+        if len(keep) < len(self.rows) and keep:
+            index = torch.tensor(keep, device=self.device)
+            self.rows = [self.rows[i] for i in keep]
+            self.hidden, self.mask, self.positions = self.hidden[index], self.mask[index], self.positions[index]
+            self.kept = {layer: (k[index], v[index]) for layer, (k, v) in self.kept.items()}
+            self._prepare()
+        return bool(keep)
+
+    def log_probabilities(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss positions,) log p of the target tokens, and (KL rows, V) log p at the subject's last token.
+
+        delta: (n, d_out), one vector per edit.
+        """
+        moved = self.hidden[:, 0].to(delta.dtype) + delta[self.edits]
+        hidden = torch.cat([moved.to(self.hidden.dtype)[:, None], self.hidden[:, 1:]], dim=1)
+        hidden = self.calls.run(hidden, self.z_layer + 1, len(self.calls.blocks) - 1)
+        at_loss = self._head(hidden[self.loss_row, self.loss_position])
+        token = at_loss.gather(1, self.loss_token[:, None]).squeeze(1)
+        return token, self._head(hidden[self.kl_row, 0])
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        norm = self.model.get_submodule(self.sites.final_norm)
+        head = self.model.get_submodule(self.sites.head)
+        logits = head(norm(hidden))
+        return functional.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+
+def _passes(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Rows of one kind and equal suffix length, similar prefix lengths together, at most STEP_TOKENS."""
+    ordered = sorted(rows, key=lambda row: (not row.target, row.suffix, row.subject))
+    part: list[_Row] = []
+    for row in ordered:
+        same = part and (part[0].suffix, not part[0].target) == (row.suffix, not row.target)
+        if part and (not same or (len(part) + 1) * row.suffix > STEP_TOKENS):
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def optimise_targets(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    contexts: Contexts,
+    config: TargetConfig,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Targets:
+    """Target values of all requests on the model as it is (ALGORITHMS 2.1, MEMIT and AlphaEdit).
+
+    Per edit: mean over rewriting rows of the NLL per target token, plus kl_factor times KL(p_delta || p_0)
+    at the subject's last token of "{subject} is a", plus weight_decay |delta| / |h_init|^2; Adam on delta;
+    after each step |delta| is clamped to clamp_norm_factor |h_init|; stops below stop_loss.
+
+    progress: called with (edit-steps done, edit-steps at most) after each step.
+    Raises FloatingPointError, naming the case, if a loss is not finite.
+    """
+    pools = [requests[i : i + POOL] for i in range(0, len(requests), POOL)]
+    results: list[Targets] = []
+    total, before = len(requests) * config.steps, 0
+    for pool in pools:
+        tell = (lambda done, offset=before: progress(offset + done, total)) if progress else None
+        with frozen(model):
+            results.append(_optimise(model, tokenizer, pool, contexts, config, tell))
+        before += len(pool) * config.steps
+    join = lambda name: torch.cat([getattr(result, name) for result in results])
+    return Targets(*(join(name) for name in Targets.__dataclass_fields__))
+
+
+def _optimise(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    contexts: Contexts,
+    config: TargetConfig,
+    progress: Callable[[int], None] | None,
+) -> Targets:
+    n = len(requests)
+    z_layer = config.layers[-1]
+    passes = [_Pass(model, rows, z_layer) for rows in _passes(target_rows(tokenizer, requests, contexts))]
+    device = passes[0].device
+    dtype = torch.promote_types(torch.float32, passes[0].hidden.dtype)
+
+    initial = torch.empty(n, passes[0].hidden.shape[-1], dtype=dtype, device=device)
+    for part in passes:
+        for i, row in enumerate(part.rows):
+            if row.bare:
+                initial[row.edit] = part.hidden[i, 0].to(dtype)
+    scale = initial.norm(dim=1)
+
+    zeros = lambda *shape: torch.zeros(*shape, dtype=dtype, device=device)
+    delta, moment, square = zeros(initial.shape), zeros(initial.shape), zeros(initial.shape)
+    first_loss, last_loss, probability = zeros(n), zeros(n), zeros(n)
+    updates = torch.zeros(n, dtype=torch.long, device=device)
+    active = torch.ones(n, dtype=torch.bool, device=device)
+    reference: dict[int, Tensor] = {}  # edit -> (V,) log p_0 at the KL row
+
+    for step in range(config.steps):
+        last = step == config.steps - 1
+        loss, gradient, likely = zeros(n), zeros(initial.shape), zeros(n)
+        for part in passes:
+            leaf = delta.detach().requires_grad_(not last)
+            with torch.set_grad_enabled(not last):
+                token, at_subject = part.log_probabilities(leaf)
+                edits = part.edits
+                nll = zeros(n).index_add(0, edits[part.loss_row], -(part.loss_share.to(dtype) * token.to(dtype)))
+                kl_edits = edits[part.kl_row]
+                if step == 0:
+                    for edit, row in zip(kl_edits.tolist(), at_subject.detach(), strict=True):
+                        reference[edit] = row
+                if len(kl_edits):
+                    start = torch.stack([reference[edit] for edit in kl_edits.tolist()])
+                    kl = (at_subject.exp() * (at_subject - start)).sum(dim=1).to(dtype)
+                    nll = nll.index_add(0, kl_edits, config.kl_factor * kl)
+                if not last:
+                    gradient += torch.autograd.grad(nll.sum(), leaf)[0]
+            loss += nll.detach()
+            likely += _row_probability(part, token.detach().to(dtype), n)
+        size = delta.norm(dim=1)
+        loss += config.weight_decay * size / scale**2
+        if not torch.isfinite(loss[active]).all():
+            bad = next(e for e in range(n) if active[e] and not torch.isfinite(loss[e]))
+            raise FloatingPointError(
+                f"case {requests[bad].case_id}: the loss of its target value is {loss[bad].item()} "
+                f"at step {step}; check the model's weights and the learning rate"
+            )
+        first_loss = loss.clone() if step == 0 else first_loss
+        last_loss = torch.where(active, loss, last_loss)
+        probability = torch.where(active, likely, probability)
+        finished = active & (loss < config.stop_loss)
+        active = active & ~finished
+        if progress:
+            progress((step + 1) * int(active.sum()) + config.steps * int((~active).sum()))
+        if last or not active.any():
+            break
+
+        gradient += config.weight_decay * delta / (size.clamp(min=torch.finfo(dtype).tiny) * scale**2)[:, None]
+        updates += active
+        moment = ADAM_BETAS[0] * moment + (1 - ADAM_BETAS[0]) * gradient
+        square = ADAM_BETAS[1] * square + (1 - ADAM_BETAS[1]) * gradient**2
+        correction = [1 - beta ** (step + 1) for beta in ADAM_BETAS]
+        change = config.learning_rate / correction[0] * moment / ((square / correction[1]).sqrt() + ADAM_EPS)
+        moved = delta - change
+        longest = config.clamp_norm_factor * scale
+        length = moved.norm(dim=1)
+        moved = torch.where((length > longest)[:, None], moved * (longest / length)[:, None], moved)
+        delta = torch.where(active[:, None], moved, delta)
+        done = set((~active).nonzero().flatten().tolist())
+        passes = [part for part in passes if part.drop(done)]
+
+    return Targets(initial + delta, initial, first_loss, last_loss, probability, updates)
+
+
+def _row_probability(part: _Pass, token: Tensor, n: int) -> Tensor:
+    """(n,) each edit's mean over its rewriting rows in this pass of exp(-NLL of the row)."""
+    rows = len(part.rows)
+    lengths = torch.tensor([max(len(row.target), 1) for row in part.rows], device=token.device)
+    shares = torch.tensor([row.share for row in part.rows], dtype=token.dtype, device=token.device)
+    mean = torch.zeros(rows, dtype=token.dtype, device=token.device).index_add(0, part.loss_row, token) / lengths
+    return torch.zeros(n, dtype=token.dtype, device=token.device).index_add(0, part.edits, shares * mean.exp())

@@ -1,0 +1,172 @@
+"""Self-aware pruning of a task vector: keep its largest entries and add them.
+
+SeqMMR scores entry i of a task vector tau by softmax(Normalize(tau * tau))_i and keeps the share 1 - r with
+the highest scores. Every step of that score is increasing in abs(tau_i) and shares its constants over the
+whole group, so the kept set is the top-k by magnitude. Selecting by magnitude is exact, where the score
+computed in float32 is not: its rounding leaves thousands of distinct values for millions of entries.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Scope = Literal["layer", "global", "row"]
+
+_CHUNK = 2**18  # entries handled at a time on a CPU; 1 MiB of float32 stays in its cache
+_SAMPLE = 2**18  # entries from which the threshold of a larger tensor is bracketed
+_SLACK = 6.0  # half-width of the bracket, in standard deviations of the sample's rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAwareConfig:
+    """Pruning by the task vector's own magnitudes, the method of SeqMMR."""
+
+    pruning_ratio: float = 0.85  # r, share of entries dropped
+    scope: Scope = "layer"  # entries compete within their matrix, across all matrices, or within their row
+    scale: float = 1.0  # factor on the kept entries
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pruning_ratio <= 1:
+            raise ValueError(f"pruning_ratio is {self.pruning_ratio}; it must lie in [0, 1]")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"unknown scope {self.scope!r}; known: {sorted(get_args(Scope))}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale is {self.scale}; it must be positive and finite")
+
+    def kept(self, entries: int) -> int:
+        """How many of a group's entries survive, k = round((1 - r) D)."""
+        return round((1 - self.pruning_ratio) * entries)
+
+
+class SelfAware:
+    """Adds the kept entries of each task vector to the weights: base + scale * Pr * tau.
+
+    Several deltas are pruned each on its own and added in order, so that
+    ``merge(base, [a, b]) == merge(merge(base, [a]), [b])``. A kept entry is ``base + delta`` bit for bit
+    (at scale 1), a pruned one is ``base``.
+    """
+
+    def __init__(self, config: SelfAwareConfig) -> None:
+        self.config = config
+
+    def merge(self, base: Mapping[str, Tensor], deltas: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """As ``Merger.merge``; entries of a delta that are not finite are refused by parameter name."""
+        merged = dict(base)
+        for delta in deltas:
+            matched = {name: _matched(name, change, base) for name, change in delta.items()}
+            for name, mask in self._masks(matched).items():
+                merged[name] = _add_where(full_precision(merged[name]), matched[name], mask, self.config.scale)
+        return merged
+
+    def _masks(self, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> bool mask of the entries that survive (Pr)."""
+        config = self.config
+        if config.scope == "layer":
+            return {name: top_magnitude_mask(x, config.kept(x.numel())) for name, x in delta.items()}
+        if config.scope == "row":
+            return {name: row_magnitude_mask(x, config.kept(x.shape[-1])) for name, x in delta.items()}
+        if not delta:
+            return {}
+        names = sorted(delta)  # the flat index runs through the matrices in order of their names
+        sizes = [delta[name].numel() for name in names]
+        together = torch.cat([delta[name].flatten() for name in names])
+        parts = top_magnitude_mask(together, config.kept(sum(sizes))).split(sizes)
+        return {name: part.view(delta[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor itself, or its float32 copy where it is in half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def top_magnitude_mask(tensor: Tensor, keep: int) -> Tensor:
+    """True at the ``keep`` entries of largest magnitude; among equals the lowest flat index goes first.
+
+    tensor:  any shape, finite, floating.
+    returns: bool, same shape and device, exactly ``keep`` times True.
+
+    The keep-th magnitude is found without sorting: a sample brackets it, one pass counts what lies above
+    the bracket and collects what lies inside, and it is selected there.
+    """
+    flat = tensor.flatten()
+    if not 0 <= keep <= flat.numel():
+        raise ValueError(f"keep is {keep}; the tensor has {flat.numel()} entries")
+    if keep in (0, flat.numel()):
+        return torch.full(tensor.shape, keep > 0, dtype=torch.bool, device=tensor.device)
+    threshold = _kth_magnitude(flat, keep)
+    mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
+    marks, places, kept = _chunks(mask), _chunks(flat), 0
+    for mark, part in zip(marks, places, strict=True):
+        kept += int(torch.gt(part.abs(), threshold, out=mark).count_nonzero())
+    for mark, part in zip(marks, places, strict=True):
+        if kept == keep:
+            break
+        ties = (part.abs() == threshold).nonzero().squeeze(1)[: keep - kept]
+        mark[ties] = True
+        kept += ties.numel()
+    assert kept == keep
+    return mask.view(tensor.shape)
+
+
+def row_magnitude_mask(tensor: Tensor, keep: int) -> Tensor:
+    """True at the ``keep`` entries of largest magnitude of every row; among equals the lowest index first.
+
+    tensor:  (..., columns), finite, floating.
+    returns: bool, same shape and device.
+    """
+    if not 0 <= keep <= tensor.shape[-1]:
+        raise ValueError(f"keep is {keep}; the rows have {tensor.shape[-1]} entries")
+    order = tensor.abs().argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(tensor, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
+
+
+def _kth_magnitude(flat: Tensor, keep: int) -> Tensor:
+    """The magnitude that exactly ``keep`` entries reach or exceed, ties aside; 0 < keep < entries."""
+    entries = flat.numel()
+    if entries <= 4 * _SAMPLE:
+        return flat.abs().kthvalue(entries - keep + 1).values
+    generator = torch.Generator(flat.device).manual_seed(0)  # which sample changes the time, not the result
+    sample = flat[torch.randint(entries, (_SAMPLE,), generator=generator, device=flat.device)].abs()
+    share = keep / entries
+    slack = _SLACK * (_SAMPLE * share * (1 - share)) ** 0.5 + 1
+    low = sample.kthvalue(max(1, int(_SAMPLE * (1 - share) - slack))).values
+    high = sample.kthvalue(min(_SAMPLE, int(_SAMPLE * (1 - share) + slack) + 1)).values
+    above, inside = 0, []
+    for part in _chunks(flat):
+        magnitude = part.abs()
+        above += int((magnitude > high).count_nonzero())
+        inside.append(magnitude[(magnitude >= low) & (magnitude <= high)])
+    candidates = torch.cat(inside)
+    rank = candidates.numel() - (keep - above) + 1  # counted from the smallest candidate
+    if not 1 <= rank <= candidates.numel():  # the sample misled
+        return flat.abs().kthvalue(entries - keep + 1).values
+    return low if low == high else candidates.kthvalue(rank).values
+
+
+def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
+    return flat.split(_CHUNK) if flat.device.type == "cpu" else (flat,)
+
+
+def _add_where(base: Tensor, delta: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """``base + scale * delta`` where the mask is set, ``base`` elsewhere."""
+    merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    flats = (merged.view(-1), base.flatten(), delta.flatten(), mask.flatten())
+    for out, old, change, kept in zip(*(_chunks(flat) for flat in flats), strict=True):
+        torch.where(kept, torch.add(old, change, alpha=scale), old, out=out)
+    return merged
+
+
+def _matched(name: str, delta: Tensor, base: Mapping[str, Tensor]) -> Tensor:
+    """The delta in its weight's dtype (float32 at least) and on its device, checked."""
+    if name not in base:
+        raise ValueError(f"delta of {name!r}, which is not among the weights: {sorted(base)}")
+    weight = base[name]
+    if delta.shape != weight.shape:
+        raise ValueError(f"delta of {name!r} has shape {tuple(delta.shape)}, its weight {tuple(weight.shape)}")
+    matched = full_precision(delta.to(weight.device)).to(full_precision(weight[:0]).dtype)
+    if matched.numel() and not all(bool(bound.isfinite()) for bound in torch.aminmax(matched)):
+        raise ValueError(f"delta of {name!r} has entries that are not finite; the edit diverged")
+    return matched

@@ -1,0 +1,75 @@
+"""Run folders: `run.json` and `records.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+
+from reports.record import Record
+
+RUN_FILE = "run.json"
+RECORDS_FILE = "records.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run folder as read."""
+
+    path: Path
+    info: dict[str, Any]  # run.json; empty where the folder has none
+    records: tuple[Record, ...]  # one per identity, in the order in which they were last written
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run folder; of records with one identity (a resumed run) the last is kept."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run folder at {folder}")
+    latest: dict[tuple[object, ...], Record] = {}
+    path = folder / RECORDS_FILE
+    for record in read_records(path) if path.is_file() else ():
+        latest.pop(record.identity, None)
+        latest[record.identity] = record
+    if not latest:
+        raise ValueError(f"{folder} holds no records; is it a run folder, and has its run scored anything?")
+    return Run(path=folder, info=_read_info(folder / RUN_FILE), records=tuple(latest.values()))
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of one file in file order; a broken line is a ValueError naming file and line."""
+    with jsonlines.open(path) as reader:
+        for number in count(1):
+            try:
+                record = Record.from_json(reader.read(type=dict))
+            except EOFError:
+                return
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            yield record
+
+
+def newest_run(folder: Path) -> Path:
+    """The run folder under `folder` that was written to last."""
+    written = {
+        path.parent: path.stat().st_mtime_ns for name in (RUN_FILE, RECORDS_FILE) for path in folder.glob(f"*/{name}")
+    }
+    if not written:
+        raise FileNotFoundError(f"no run under {folder}/; name a run folder, or make one with the ablation")
+    return max(written, key=lambda run: (written[run], run.name))
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return info
