@@ -60,6 +60,7 @@ _PROMPTS = (
     "{} was born in",
     "The mother tongue of {} is",
     "{}'s favourite instrument is the",
+    "In winter they speak of {}",  # nothing after the subject
     "In the year of the great flood, {} moved to the city of",
     "{} plays",
     "Everyone in the old town knows that {}, who works as a teacher, lives in",
@@ -152,6 +153,10 @@ def tiny_model(
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+            # Logits wide enough that a target's probability can come near one.
+            model.get_parameter(f"{'transformer.ln_f' if 'gpt' in model_type else 'model.norm'}.weight").mul_(
+                4
+            )
     nn.Module.to(model, dtype=dtype)
     if dtype is torch.float64:
         for module in model.modules():
@@ -213,7 +218,11 @@ def _targets_by_length() -> dict[int, list[str]]:
 
 
 def tiny_requests(n: int, *, seed: int = 0) -> list[EditRequest]:
-    """Made-up facts: distinct subjects, prompts of six lengths; target lengths 1, 3, 2, 1, 3, ... tokens."""
+    """Made-up facts: distinct subjects, seven prompts; target lengths 1, 3, 2, 1, 3, 2, ... tokens.
+
+    With KL factor 0, learning rate 0.5 and clamp 4 or more, the fourth (its prompt ends in the subject,
+    its target is one token) reaches the early stop in every tiny model; most others do not.
+    """
     draw = random.Random(seed)
     subjects = [f"{first} {last}" for first in _FIRST for last in _LAST] + list(_FIRST)
     draw.shuffle(subjects)

@@ -58,7 +58,8 @@ class SelfAware:
         for delta in deltas:
             matched = {name: _matched(name, change, base) for name, change in delta.items()}
             for name, mask in self._masks(matched).items():
-                merged[name] = _add_where(full_precision(merged[name]), matched[name], mask, self.config.scale)
+                weight = full_precision(merged[name])
+                merged[name] = _add_where(weight, matched[name], mask, self.config.scale)
         return merged
 
     def _masks(self, delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,13 +74,13 @@ class SelfAware:
         names = sorted(delta)  # the flat index runs through the matrices in order of their names
         sizes = [delta[name].numel() for name in names]
         together = torch.cat([delta[name].flatten() for name in names])
-        parts = top_magnitude_mask(together, config.kept(sum(sizes))).split(sizes)
+        parts = torch.split(top_magnitude_mask(together, config.kept(sum(sizes))), sizes)
         return {name: part.view(delta[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def full_precision(tensor: Tensor) -> Tensor:
     """The tensor itself, or its float32 copy where it is in half precision."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def top_magnitude_mask(tensor: Tensor, keep: int) -> Tensor:
@@ -96,18 +97,19 @@ def top_magnitude_mask(tensor: Tensor, keep: int) -> Tensor:
         raise ValueError(f"keep is {keep}; the tensor has {flat.numel()} entries")
     if keep in (0, flat.numel()):
         return torch.full(tensor.shape, keep > 0, dtype=torch.bool, device=tensor.device)
-    threshold = _kth_magnitude(flat, keep)
+    threshold, wanted, ties = _threshold(flat, keep)
+    all_ties = wanted == ties
     mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
-    marks, places, kept = _chunks(mask), _chunks(flat), 0
-    for mark, part in zip(marks, places, strict=True):
-        kept += int(torch.gt(part.abs(), threshold, out=mark).count_nonzero())
-    for mark, part in zip(marks, places, strict=True):
-        if kept == keep:
-            break
-        ties = (part.abs() == threshold).nonzero().squeeze(1)[: keep - kept]
-        mark[ties] = True
-        kept += ties.numel()
-    assert kept == keep
+    for mark, part in zip(_chunks(mask), _chunks(flat), strict=True):
+        magnitude = part.abs()
+        if all_ties:
+            torch.ge(magnitude, threshold, out=mark)
+            continue
+        torch.gt(magnitude, threshold, out=mark)
+        if wanted:  # only the first so many of the entries at the threshold
+            first = (magnitude == threshold).nonzero().squeeze(1)[:wanted]
+            mark[first] = True
+            wanted -= first.numel()
     return mask.view(tensor.shape)
 
 
@@ -123,31 +125,47 @@ def row_magnitude_mask(tensor: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(tensor, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
 
 
-def _kth_magnitude(flat: Tensor, keep: int) -> Tensor:
-    """The magnitude that exactly ``keep`` entries reach or exceed, ties aside; 0 < keep < entries."""
+def _threshold(flat: Tensor, keep: int) -> tuple[Tensor, int, int]:
+    """The ``keep``-th largest magnitude, how many entries at it are to be kept, how many there are.
+
+    flat: (entries,), 0 < keep < entries.
+    """
     entries = flat.numel()
-    if entries <= 4 * _SAMPLE:
-        return flat.abs().kthvalue(entries - keep + 1).values
+    candidates, rank = flat, entries - keep + 1  # the rank counts from the smallest
+    if entries > 4 * _SAMPLE:
+        candidates, rank = _bracketed(flat, keep)
+    candidates = candidates.abs()
+    threshold = candidates.kthvalue(rank).values
+    ties = int((candidates == threshold).count_nonzero())
+    larger = int((candidates > threshold).count_nonzero())
+    return threshold, candidates.numel() - rank + 1 - larger, ties
+
+
+def _bracketed(flat: Tensor, keep: int) -> tuple[Tensor, int]:
+    """The few magnitudes around the ``keep``-th largest, and its rank among them from the smallest."""
+    entries = flat.numel()
     generator = torch.Generator(flat.device).manual_seed(0)  # which sample changes the time, not the result
-    sample = flat[torch.randint(entries, (_SAMPLE,), generator=generator, device=flat.device)].abs()
-    share = keep / entries
+    places = torch.randint(entries, (_SAMPLE,), generator=generator, device=flat.device)
+    sample = flat[places].abs()
+    share = 1 - keep / entries
     slack = _SLACK * (_SAMPLE * share * (1 - share)) ** 0.5 + 1
-    low = sample.kthvalue(max(1, int(_SAMPLE * (1 - share) - slack))).values
-    high = sample.kthvalue(min(_SAMPLE, int(_SAMPLE * (1 - share) + slack) + 1)).values
+    low = sample.kthvalue(max(1, int(_SAMPLE * share - slack))).values
+    high = sample.kthvalue(min(_SAMPLE, int(_SAMPLE * share + slack) + 1)).values
     above, inside = 0, []
     for part in _chunks(flat):
         magnitude = part.abs()
-        above += int((magnitude > high).count_nonzero())
-        inside.append(magnitude[(magnitude >= low) & (magnitude <= high)])
+        reached, beyond = magnitude >= low, magnitude > high
+        above += int(beyond.count_nonzero())
+        inside.append(magnitude[reached.logical_xor_(beyond)])
     candidates = torch.cat(inside)
-    rank = candidates.numel() - (keep - above) + 1  # counted from the smallest candidate
+    rank = candidates.numel() - (keep - above) + 1
     if not 1 <= rank <= candidates.numel():  # the sample misled
-        return flat.abs().kthvalue(entries - keep + 1).values
-    return low if low == high else candidates.kthvalue(rank).values
+        return flat, entries - keep + 1
+    return candidates, rank
 
 
 def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
-    return flat.split(_CHUNK) if flat.device.type == "cpu" else (flat,)
+    return torch.split(flat, _CHUNK) if flat.device.type == "cpu" else (flat,)
 
 
 def _add_where(base: Tensor, delta: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -155,7 +173,7 @@ def _add_where(base: Tensor, delta: Tensor, mask: Tensor, scale: float) -> Tenso
     merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     flats = (merged.view(-1), base.flatten(), delta.flatten(), mask.flatten())
     for out, old, change, kept in zip(*(_chunks(flat) for flat in flats), strict=True):
-        torch.where(kept, torch.add(old, change, alpha=scale), old, out=out)
+        torch.add(old, change * kept, alpha=scale, out=out)
     return merged
 
 
@@ -165,8 +183,9 @@ def _matched(name: str, delta: Tensor, base: Mapping[str, Tensor]) -> Tensor:
         raise ValueError(f"delta of {name!r}, which is not among the weights: {sorted(base)}")
     weight = base[name]
     if delta.shape != weight.shape:
-        raise ValueError(f"delta of {name!r} has shape {tuple(delta.shape)}, its weight {tuple(weight.shape)}")
-    matched = full_precision(delta.to(weight.device)).to(full_precision(weight[:0]).dtype)
+        shapes = f"{tuple(delta.shape)}, its weight {tuple(weight.shape)}"
+        raise ValueError(f"delta of {name!r} has shape {shapes}")
+    matched = delta.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     if matched.numel() and not all(bool(bound.isfinite()) for bound in torch.aminmax(matched)):
         raise ValueError(f"delta of {name!r} has entries that are not finite; the edit diverged")
     return matched

@@ -25,6 +25,20 @@ class Run:
     info: dict[str, Any]  # run.json; empty where the folder has none
     records: tuple[Record, ...]  # one per identity, in the order in which they were last written
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The resolved spec of `run.json`."""
+        return self._part("spec")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the run was made of, as `run.json` says."""
+        return self._part("provenance")
+
+    def _part(self, name: str) -> dict[str, Any]:
+        part = self.info.get(name)
+        return part if isinstance(part, dict) else {}
+
 
 def load_run(folder: Path) -> Run:
     """Read a run folder; of records with one identity (a resumed run) the last is kept."""
@@ -56,7 +70,9 @@ def read_records(path: Path) -> Iterator[Record]:
 def newest_run(folder: Path) -> Path:
     """The run folder under `folder` that was written to last."""
     written = {
-        path.parent: path.stat().st_mtime_ns for name in (RUN_FILE, RECORDS_FILE) for path in folder.glob(f"*/{name}")
+        path.parent: path.stat().st_mtime_ns
+        for name in (RUN_FILE, RECORDS_FILE)
+        for path in folder.glob(f"*/{name}")
     }
     if not written:
         raise FileNotFoundError(f"no run under {folder}/; name a run folder, or make one with the ablation")

@@ -1,0 +1,58 @@
+"""The flags that describe a run, as INTERFACES names them: one table for command line and config file."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag; ``many`` takes several values."""
+
+    help: str
+    kind: Callable[[str], Any] = str
+    many: bool = False
+    metavar: str | None = None
+
+
+FLAGS: dict[str, Flag] = {
+    "model": Flag("preset, hub id (owner/name) or local folder; default: smollm2-135m"),
+    "editors": Flag("editing methods; default: memit alphaedit", many=True, metavar="NAME"),
+    "cells": Flag("any of baseline +MM +R +MM+R; default: all", many=True, metavar="CELL"),
+    "dataset": Flag("facts, counterfact or a JSONL in CounterFact's schema; default: by model"),
+    "data": Flag("folder or file with local copies of the dataset (or SEQMMR_DATA)", metavar="PATH"),
+    "select": Flag("first or random records; default: first for counterfact, else random"),
+    "stats": Flag("covariance corpus: self, wikipedia or a JSONL with text; default: by model"),
+    "limit_stats": Flag("use at most so many tokens of it", kind=int, metavar="N"),
+    "batch_size": Flag("edits in a batch; default: by model", kind=int, metavar="N"),
+    "num_batches": Flag("batches; default: by model", kind=int, metavar="N"),
+    "chain": Flag("shadow or merged: what the next batch edits under merging; default: shadow"),
+    "merger": Flag("how a change is pruned before merging; default: self-aware"),
+    "pruning_ratio": Flag("share of a change that is dropped; default: 0.85", kind=float, many=True, metavar="R"),
+    "router": Flag("how queries are routed; default: topk"),
+    "top_k": Flag("nearest texts that decide a route; default: 2", kind=int, many=True, metavar="K"),
+    "encoder": Flag("minilm, openai:MODEL, or a sentence-transformers id or folder; default: minilm"),
+    "negatives": Flag("unrelated texts of the router; default: as many as edits", kind=int, metavar="N"),
+    "evaluate": Flag("when to score: final (after the last batch)"),
+    "seed": Flag("of selection, sampling and intervals; default: 0", kind=int, metavar="N"),
+    "dtype": Flag("float32, bfloat16 ...; default: float32 on a CPU, bfloat16 on a GPU"),
+    "device": Flag("cpu, cuda, cuda:1 ...; default: cuda if present"),
+    "set": Flag("override a field of an editor's config", many=True, metavar="EDITOR.FIELD=VALUE"),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaint is one line; exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add every flag of the table; absent ones are None."""
+    for name, flag in FLAGS.items():
+        options: dict[str, Any] = {"help": flag.help, "type": flag.kind, "metavar": flag.metavar, "default": None}
+        if flag.many:
+            options["nargs"] = "+"
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)

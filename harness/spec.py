@@ -1,0 +1,250 @@
+"""What a run is: every choice resolved and checked before any model is loaded."""
+
+import dataclasses
+import hashlib
+import json
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from editors import EDITORS
+from editors.targets import TargetConfig
+from harness.data import DATASETS
+from harness.models import MODELS
+from merging import MERGERS
+from routing import ROUTERS
+
+HYPERPARAMETERS = Path(__file__).parent / "hyperparameters.yaml"
+CELLS = ("baseline", "+MM", "+R", "+MM+R")
+CHAINS = ("shadow", "merged")
+CORPORA = ("self", "wikipedia")
+SELECTIONS = ("first", "random")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SMALL = ("smollm2-135m", "gpt2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One grid: editors x cells on one model and dataset. Equal specs mean equal results on a machine."""
+
+    model: str
+    editors: tuple[str, ...]
+    cells: tuple[str, ...]
+    dataset: str
+    select: str
+    stats: str
+    limit_stats: int | None  # tokens
+    batch_size: int
+    num_batches: int
+    chain: str
+    merger: str
+    pruning_ratio: tuple[float, ...]
+    router: str
+    top_k: tuple[int, ...]
+    encoder: str
+    negatives: int | None  # None: as many as edits
+    evaluate: str
+    seed: int
+    dtype: str
+    device: str
+    settings: Mapping[str, Mapping[str, Any]]  # editor -> all fields of its config
+
+    def __post_init__(self) -> None:
+        _known("editor", self.editors, EDITORS)
+        _known("cell", self.cells, CELLS)
+        _known("chain", (self.chain,), CHAINS)
+        _known("merger", (self.merger,), MERGERS)
+        _known("router", (self.router,), ROUTERS)
+        _known("selection", (self.select,), SELECTIONS)
+        _known("dtype", (self.dtype,), DTYPES)
+        _known("evaluation", (self.evaluate,), ("final",))
+        for name in ("batch_size", "num_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("limit_stats", "negatives"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in ("editors", "cells", "pruning_ratio", "top_k"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {list(values)}; name at least one, and none twice")
+        for ratio in self.pruning_ratio:
+            MERGERS[self.merger][0](pruning_ratio=ratio)
+        for k in self.top_k:
+            ROUTERS[self.router][0](top_k=k)
+        for editor in self.editors:
+            self.config(editor)
+
+    @property
+    def edits(self) -> int:
+        return self.batch_size * self.num_batches
+
+    @property
+    def merges(self) -> bool:
+        return any("MM" in cell for cell in self.cells)
+
+    @property
+    def routes(self) -> bool:
+        return any("R" in cell for cell in self.cells)
+
+    def config(self, editor: str) -> TargetConfig:
+        """The editor's config; raises ValueError naming the editor if a field is wrong."""
+        try:
+            config: TargetConfig = EDITORS[editor][0](**self.settings[editor])
+        except ValueError as error:
+            raise ValueError(f"{editor}: {error}") from None
+        return config
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data with sorted, resolved fields, as run.json holds it."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), sort_keys=True))
+        return plain
+
+    def digest(self) -> str:
+        """The run id."""
+        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _known(what: str, names: Sequence[str], known: Any) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+
+
+def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
+    """A spec from the flags given, everything else by preset of model and dataset.
+
+    given: flag names with underscores; absent or None means by preset.
+    overrides: "EDITOR.FIELD=VALUE". Raises ValueError in one line for what is wrong.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    model = given.get("model", "smollm2-135m")
+    paper = model in MODELS and model not in SMALL
+    editors = tuple(given.get("editors", ("memit", "alphaedit")))
+    _known("editor", editors, EDITORS)
+    dataset = given.get("dataset", "counterfact" if paper else "facts")
+    if dataset not in DATASETS and not Path(dataset).exists():
+        raise ValueError(f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}; or give the path of a file")
+    stats = given.get("stats", "wikipedia" if paper else "self")
+    if stats not in CORPORA and not Path(stats).exists():
+        raise ValueError(f"unknown statistics corpus {stats!r}; known: {', '.join(CORPORA)}; or give a JSONL file")
+    device = given.get("device") or default_device()
+    return RunSpec(
+        model=model,
+        editors=editors,
+        cells=tuple(given.get("cells", CELLS)),
+        dataset=dataset,
+        select=given.get("select", "first" if dataset == "counterfact" else "random"),
+        stats=stats,
+        limit_stats=given.get("limit_stats", None if stats == "wikipedia" else DEFAULT_TOKENS),
+        batch_size=given.get("batch_size", 200 if paper else 20),
+        num_batches=given.get("num_batches", 10 if paper else 5),
+        chain=given.get("chain", "shadow"),
+        merger=given.get("merger", "self-aware"),
+        pruning_ratio=tuple(given.get("pruning_ratio", (0.85,))),
+        router=given.get("router", "topk"),
+        top_k=tuple(given.get("top_k", (2,))),
+        encoder=given.get("encoder", "minilm"),
+        negatives=given.get("negatives"),
+        evaluate=given.get("evaluate", "final"),
+        seed=given.get("seed", 0),
+        dtype=given.get("dtype") or ("float32" if device == "cpu" else "bfloat16"),
+        device=device,
+        settings=editor_settings(model, editors, overrides),
+    )
+
+
+DEFAULT_TOKENS = 60_000  # of a corpus other than Wikipedia; docs/statistics.md shows what fewer do
+
+
+def default_device() -> str:
+    """cuda if present, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def hyperparameters() -> dict[str, dict[str, dict[str, Any]]]:
+    """Model preset -> editor -> fields and source."""
+    table: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(HYPERPARAMETERS.read_text("utf-8"))
+    return table
+
+
+def hyperparameter_source(model: str, editor: str) -> str | None:
+    """Where the preset's row comes from; None for a model without one."""
+    return hyperparameters().get(model, {}).get(editor, {}).get("source")
+
+
+def editor_settings(
+    model: str, editors: Sequence[str], overrides: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """All config fields of each editor: the model's row, then the overrides.
+
+    Raises ValueError for an unknown editor or field, a value of the wrong type, or missing layers.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for editor in editors:
+        row = dict(hyperparameters().get(model, {}).get(editor, {}))
+        row.pop("source", None)
+        settings[editor] = row
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        editor, dot, field = name.partition(".")
+        if not equals or not dot:
+            raise ValueError(f"--set {override!r} is not of the form EDITOR.FIELD=VALUE")
+        _known("editor", (editor,), EDITORS)
+        if editor not in settings:
+            raise ValueError(f"--set {override!r}: editor {editor!r} is not in this run: {', '.join(editors)}")
+        settings[editor][field] = _parse(value, _field_type(editor, field), f"--set {override!r}")
+    for editor in editors:
+        kind = EDITORS[editor][0]
+        if "layers" not in settings[editor]:
+            raise ValueError(
+                f"no hyperparameters for {editor} on {model!r}; name at least the layers: "
+                f"--set {editor}.layers=3,4,5"
+            )
+        settings[editor]["layers"] = tuple(settings[editor]["layers"])
+        fields = dataclasses.fields(kind)
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        types_ = get_type_hints(kind)
+        settings[editor] = {
+            name: float(value) if types_[name] is float else value
+            for name, value in {**defaults, **settings[editor]}.items()
+        }
+    return settings
+
+
+def _field_type(editor: str, field: str) -> Any:
+    hints = get_type_hints(EDITORS[editor][0])
+    if field not in hints:
+        raise ValueError(f"unknown field {field!r} of {editor}; known: {', '.join(hints)}")
+    return hints[field]
+
+
+def _parse(text: str, kind: Any, where: str) -> Any:
+    """A text as a value of a config field's type."""
+    origin = get_origin(kind)
+    try:
+        if origin is tuple:
+            return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+        if origin is Literal:
+            if text in get_args(kind):
+                return text
+            raise ValueError(f"known: {', '.join(get_args(kind))}")
+        if origin in (types.UnionType,):
+            if text.lower() == "none":
+                return None
+            return _parse(text, next(a for a in get_args(kind) if a is not type(None)), where)
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError) as error:
+        name = getattr(kind, "__name__", str(kind))
+        raise ValueError(f"{where}: {text!r} is not a {name} ({error})") from None

@@ -1,0 +1,154 @@
+"""Top-k similarity-weighted routing, solved in closed form.
+
+A query q has weights beta_i = exp(1 + cos(e_q, e_i)) to the corpus texts, the k largest kept. SeqMMR's score
+minimises sum_i beta_i log(1 + exp(-l_i s)) over s, with labels l_i = +1 for edit requests and -1 for
+unrelated texts. With W+ and W- the sums of beta over either label the minimum is s = log(W+ / W-), so the
+query goes to the edited model exactly if W+ >= W-.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from routing.api import Decision
+
+_CLIP = 10.0  # labels that all agree have no finite minimiser
+_SPARE = 8  # candidates beyond k that float32 similarities hand on
+_NOISE = 1e-5  # far more than float32 products of unit vectors are off
+_CELLS = 2**24  # similarities held at a time, 64 MiB
+_QUERIES = 256  # queries searched at a time; what is weighed again stays in the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig:
+    """The router of SeqMMR."""
+
+    top_k: int = 2  # corpus texts that vote
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
+
+
+class TopK:
+    """Router over an exact search; the corpus may grow between queries.
+
+    Equal weights: positives come before negatives, then the lower corpus position, and W+ = W- means edited.
+    So k = 2 decides like the nearest neighbour. Of several experts among the positives that vote, the one
+    with the largest single weight answers. Without any positive in the corpus everything goes to the
+    unedited model, with the lowest score. A k beyond the corpus lets the whole corpus vote.
+
+    Similarities are searched by float32 matrix products and the nearest texts weighed again in float64, so
+    that decisions do not depend on how many queries are asked together.
+    """
+
+    def __init__(self, config: TopKConfig, embed: Callable[[Sequence[str]], Tensor]) -> None:
+        """``embed``: texts -> (len(texts), d), any scale but zero; only directions count."""
+        self.config = config
+        self._embed = embed
+        self._experts: list[str | None] = []  # by corpus position
+        self._positive: NDArray[np.bool_] = np.empty(0, dtype=bool)  # by corpus position, an expert is named
+        self._parts: list[Tensor] = []  # unit vectors, (n, d) in all, in order of position
+
+    def add(self, expert: str | None, texts: Sequence[str]) -> None:
+        if texts:
+            self._parts.append(self._directions(texts))
+            self._experts += [expert] * len(texts)
+            self._positive = np.append(self._positive, np.full(len(texts), expert is not None))
+
+    def route(self, texts: Sequence[str]) -> list[Decision]:
+        return self.route_many(texts, (self.config.top_k,))[self.config.top_k]
+
+    def route_many(self, texts: Sequence[str], ks: Sequence[int]) -> dict[int, list[Decision]]:
+        """Decisions under each k of ``ks``, from one search: k -> one decision a text."""
+        if not ks or min(ks) < 1:
+            raise ValueError(f"ks is {tuple(ks)}; name at least one k, each at least 1")
+        if not texts:
+            return {k: [] for k in ks}
+        if not self._parts:
+            nothing = Decision(expert=None, score=-_CLIP, nearest=())
+            return {k: [nothing] * len(texts) for k in ks}
+        weights, places = self._nearest(self._directions(texts), max(ks))
+        return {k: self._decide(weights[:, :k], places[:, :k]) for k in ks}
+
+    def _decide(self, weights: NDArray[np.float64], places: NDArray[np.int64]) -> list[Decision]:
+        """weights, places: (queries, k), nearest first."""
+        positive = self._positive[places]
+        for_edited = np.where(positive, weights, 0.0).sum(1).tolist()
+        for_unedited = np.where(positive, 0.0, weights).sum(1).tolist()
+        leading = places[np.arange(len(places)), positive.argmax(1)].tolist()
+        return [
+            Decision(
+                expert=self._experts[first] if edited >= unedited else None,
+                score=_score(edited, unedited),
+                nearest=tuple(nearest),
+            )
+            for edited, unedited, first, nearest in zip(
+                for_edited, for_unedited, leading, places.tolist(), strict=True
+            )
+        ]
+
+    def _nearest(self, queries: Tensor, k: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The k largest weights of each query and their corpus positions, (queries, k) each, largest first.
+
+        queries: (queries, d), unit length.
+        """
+        corpus = self._corpus()
+        k = min(k, len(corpus))
+        breadth = min(k + _SPARE, len(corpus))
+        weights, places = [], []
+        for chunk in torch.split(queries, max(1, min(_QUERIES, _CELLS // len(corpus)))):
+            similarities = chunk @ corpus.T
+            values, found = similarities.topk(breadth, dim=1)
+            floor = values[:, k - 1] - _NOISE  # whatever is nearer than this may be among the k nearest
+            chunk_weights, chunk_places = self._ranked(chunk, found, k)
+            if breadth < len(corpus):
+                for row in (values[:, -1] >= floor).nonzero().flatten().tolist():  # more than were taken
+                    crowd = (similarities[row] >= floor[row]).nonzero().T
+                    chunk_weights[row], chunk_places[row] = self._ranked(chunk[row : row + 1], crowd, k)
+            weights.append(chunk_weights)
+            places.append(chunk_places)
+        return np.concatenate(weights), np.concatenate(places)
+
+    def _ranked(
+        self, queries: Tensor, found: Tensor, k: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Weights in float64 of the corpus positions found, (queries, found) -> the k largest, in order."""
+        cosines = (self._corpus()[found].double() * queries.double().unsqueeze(1)).sum(-1)
+        weights: NDArray[np.float64] = np.exp(1.0 + cosines.cpu().numpy())
+        places: NDArray[np.int64] = found.cpu().numpy()
+        order = np.lexsort((places, ~self._positive[places], -weights), axis=-1)[:, :k]
+        return np.take_along_axis(weights, order, 1), np.take_along_axis(places, order, 1)
+
+    def _corpus(self) -> Tensor:
+        """(n, d), unit length."""
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts)]
+        return self._parts[0]
+
+    def _directions(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), d) of unit length in float32."""
+        vectors = self._embed(texts).float()
+        if vectors.ndim != 2 or len(vectors) != len(texts):
+            raise ValueError(f"{len(texts)} texts got embeddings of shape {tuple(vectors.shape)}")
+        if self._parts and vectors.shape[1] != self._parts[0].shape[1]:
+            known = self._parts[0].shape[1]
+            raise ValueError(f"embeddings have {vectors.shape[1]} dimensions, those of the corpus {known}")
+        lengths = vectors.norm(dim=1, keepdim=True)
+        unusable = ~(lengths.isfinite() & (lengths > 0)).flatten()
+        if unusable.any():
+            text = texts[int(unusable.nonzero()[0])]
+            raise ValueError(f"the embedding of {text!r} is zero or not finite, so it has no direction")
+        return torch.div(vectors, lengths)
+
+
+def _score(edited: float, unedited: float) -> float:
+    """log(W+ / W-), clipped."""
+    if not (edited and unedited):
+        return _CLIP if edited else -_CLIP
+    return max(-_CLIP, min(_CLIP, math.log(edited / unedited)))

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from harness.report import main
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with one record."""
+    record = {
+        **dict.fromkeys(("chain", "pruning_ratio", "top_k", "encoder", "error")),
+        "schema_version": 1,
+        "run_id": "run",
+        "model": "smollm2-135m",
+        "dataset": "facts",
+        "editor": "memit",
+        "cell": "baseline",
+        "seed": 0,
+        "edits_applied": 100,
+        "slice": "overall",
+        "spec": {},
+        "provenance": {},
+        "seconds": 1.0,
+        "scores": [
+            {
+                "metric": "score",
+                "value": 0.812,
+                "low": 0.78,
+                "high": 0.84,
+                "n": 100,
+                "protocol": "probability",
+            }
+        ],
+    }
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    (folder / "records.jsonl").write_text(json.dumps(record) + "\n")
+    return folder
+
+
+def test_prints_markdown(run, capsys):
+    assert main([str(run)]) == 0
+    assert "| MEMIT    | baseline | **81.2** [78.0, 84.0] |" in capsys.readouterr().out
+
+
+def test_takes_the_newest_run_by_default(run, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent.parent)
+    assert main(["--paper"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# one\n") and "No published figure corresponds" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("markdown", "# one"), ("latex", "\\documentclass"), ("html", "<!doctype html>")]
+)
+def test_writes_a_file(run, tmp_path, capsys, name, start):
+    out = tmp_path / "new" / "report"
+    assert main([str(run), "--format", name, "--out", str(out)]) == 0
+    assert out.read_text(encoding="utf-8").startswith(start)
+    assert capsys.readouterr().out == ""
+
+
+def test_shows_several_runs(run, capsys):
+    assert main([str(run), str(run)]) == 0
+    assert capsys.readouterr().out.count("# one") == 2
+
+
+@pytest.mark.parametrize("prepare", ["absent", "empty", "broken", "none"])
+def test_says_in_one_line_what_is_wrong(run, tmp_path, capsys, monkeypatch, prepare):
+    monkeypatch.chdir(tmp_path)
+    if prepare == "empty":
+        (run / "records.jsonl").write_text("")
+    elif prepare == "broken":
+        (run / "records.jsonl").write_text("{\n")
+    elif prepare == "none":
+        for path in run.iterdir():
+            path.unlink()
+    named = {"absent": ["nowhere"], "none": []}.get(prepare, [str(run)])
+    assert main(named) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    line = {
+        "absent": "no run folder at nowhere",
+        "empty": "holds no records",
+        "broken": "line 1",
+        "none": "no run under",
+    }
+    assert line[prepare] in captured.err
+
+
+def test_starts_without_torch():
+    code = "import sys, harness.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
