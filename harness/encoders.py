@@ -98,7 +98,7 @@ class CachedEncoder:
 
         digests = torch.tensor([list(digest) for digest in vectors], dtype=torch.uint8)
         tensors = {"digests": digests, "vectors": torch.stack(list(vectors.values()))}
-        content = save(tensors, metadata={"encoder": self.identity, "text_digest": "sha256"})
+        content = save(tensors, metadata={"encoder": self.identity})  # of several keys the order would vary
         name = f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{name}.{uuid.uuid4().hex}.tmp"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from editors import EDITORS, EditRequest, EditStream, dense
 from editors.sites import sites_for
+from harness import onednn
 from harness.data import Dataset, EditCase, Selection, load_dataset, select
 from harness.deltas import delta_path, read_delta, read_state, state_path, write_delta, write_state
 from harness.encoders import encoder
@@ -162,6 +163,8 @@ class _Run:
                 self.loaded = load_model(spec.model, self.source, dtype=getattr(torch, spec.dtype), device=spec.device)
                 names = [sites_for(self.loaded.model).weight_name(layer) for layer in self.layers]
                 edit_in_float32(self.loaded.model, names)
+                packed = onednn.pack_linears(self.loaded.model, leave=set(names)) if onednn.available() else 0
+                self.info["provenance"]["onednn_layers"] = packed
                 self.base: Weights = {n: self.loaded.model.get_parameter(n).detach().clone() for n in names}
                 self._timed("load", stage)
             model = {"name": spec.model, "revision": self.loaded.revision, "digest": self.loaded.digest}

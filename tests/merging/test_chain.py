@@ -75,11 +75,14 @@ def test_what_was_pruned_competes_in_the_next_batch_and_in_the_merged_chain_is_g
     assert merger(0.75).merge(base, deltas)["w"].tolist() == [4, 0, 0, 2]
 
 
-def test_first_step_selects_by_the_batchs_own_delta() -> None:
+def test_first_step_selects_by_the_batchs_own_delta_as_in_the_merged_chain() -> None:
     base, (delta,) = setting(5, 1)
+    delta["b"] = torch.full_like(base["b"], 1e-3)  # all tied, which differences of rounded weights are not
     (merged,) = shadow_chain(merger(0.85), base, [delta])
-    mask = top_magnitude_mask(delta["a"], round(0.15 * 54))
-    assert torch.equal(merged["a"], torch.where(mask, base["a"] + delta["a"], base["a"]))
+    for name, weight in base.items():
+        mask = top_magnitude_mask(delta[name], round(0.15 * weight.numel()))
+        assert torch.equal(merged[name], torch.where(mask, weight + delta[name], weight))
+        assert torch.equal(merged[name], merger(0.85).merge(base, [delta])[name])
 
 
 def test_a_parameter_that_a_batch_leaves_alone_still_catches_up() -> None:

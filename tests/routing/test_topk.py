@@ -109,6 +109,20 @@ def test_ties_beyond_the_spare_candidates_are_found_in_order() -> None:
     assert routed(corpus, 5).nearest == (30, 31, 32, 0, 1)
 
 
+def test_the_smallest_differences_of_embeddings_still_rank() -> None:
+    negatives_nearer = 0
+    for cosine in torch.linspace(0.1, 0.45, 60).tolist():
+        vectors = {"query": [1.0, 0, 0, 0], "edit": at(cosine), "other": at(cosine + 6e-8)}
+        router = TopK(TopKConfig(), lookup(vectors))
+        router.add("edited", ["edit"])
+        router.add(None, ["other"])
+        edit, other = (float(unit[0, 0]) for unit in router._parts)  # their exact cosines
+        (decision,) = router.route(["query"])
+        assert (decision.expert is None) == (other > edit)
+        negatives_nearer += other > edit
+    assert negatives_nearer > 20
+
+
 def test_an_edit_request_is_routed_to_its_edit() -> None:
     router = random_router(9, 60, 60, 16, coarse=False)
     for i, decision in enumerate(router.route([str(i) for i in range(60, 100)])):
