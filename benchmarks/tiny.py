@@ -24,6 +24,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 from editors.api import EditRequest
 
@@ -97,6 +98,17 @@ class ExactRMSNorm(nn.Module):
         return self.weight * hidden_states * scale
 
 
+class ExactGPTJAttention(GPTJAttention):
+    """GPT-J's attention in the dtype it is given; the one in transformers rounds float64 through float32."""
+
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        scores = query @ key.transpose(-1, -2) / self.scale_attn
+        weights = torch.softmax(scores if attention_mask is None else scores + attention_mask, dim=-1)
+        return self.attn_dropout(weights) @ value, weights
+
+
 def tiny_model(
     model_type: str,
     *,
@@ -110,7 +122,7 @@ def tiny_model(
     """A random model in eval mode; equal seeds give equal weights whatever the dtype.
 
     Dropout stays at the config's default, biases and norms are random too, the weights are large enough
-    that the blocks matter. In float64, RMS norms are computed in float64 (GPT-J's attention stays float32).
+    that the blocks matter. In float64, everything is computed in float64.
     ``d_ff == width`` makes the edited weight square.
     """
     if model_type not in MODEL_TYPES:
@@ -162,6 +174,8 @@ def tiny_model(
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.__class__ = ExactRMSNorm
+            if isinstance(module, GPTJAttention):
+                module.__class__ = ExactGPTJAttention
     model.train(False)
     return model
 

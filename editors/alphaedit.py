@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editors.api import Covariance, Progress
 from editors.closed_form import ClosedFormStream
 from editors.linalg import NullSpace, alphaedit_right, null_space
+from editors.sites import device_of
 from editors.targets import TargetConfig
 
 
@@ -63,6 +65,11 @@ class AlphaEditStream(ClosedFormStream):
             self._spaces[layer] = space
         return self._spaces[layer]
 
+    def notes(self) -> dict[str, Any]:
+        """Also the share of directions the projector keeps, by layer."""
+        shares = {str(layer): space.rank / len(space.basis) for layer, space in self._spaces.items()}
+        return super().notes() | {"nullspace_share": shares}
+
     def remember(self, layer: int, keys: Tensor) -> None:
         earlier = self._keys.get(layer)
         self._keys[layer] = keys if earlier is None else torch.cat([earlier, keys], dim=1)
@@ -71,7 +78,7 @@ class AlphaEditStream(ClosedFormStream):
         return {f"keys.{layer}": keys for layer, keys in self._keys.items()}
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
-        device = self.model.get_input_embeddings().weight.device
+        device = device_of(self.model)
         self._keys = {int(name.removeprefix("keys.")): keys.to(device) for name, keys in memory.items()}
 
 
@@ -90,4 +97,6 @@ class AlphaEdit:
         seed: int,
         progress: Progress | None = None,
     ) -> AlphaEditStream:
-        return AlphaEditStream(model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress)
+        return AlphaEditStream(
+            model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress
+        )

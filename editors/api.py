@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +54,10 @@ class EditStream(Protocol):
 
     def edit(self, requests: Sequence[EditRequest]) -> WeightDeltas:
         """Write one batch into the model and return what was added to each parameter."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """What a reader of the results should know of this run: context templates, ranks and the like."""
         ...
 
     def state(self) -> dict[str, Tensor]:

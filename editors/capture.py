@@ -145,7 +145,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
     """No dropout and no gradient of any weight while the context lasts."""
     trained = [p for p in model.parameters() if p.requires_grad]
     training = model.training
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:

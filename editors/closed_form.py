@@ -6,7 +6,8 @@ is R_i = (Z - H) / (m - i), and delta_i = R_i Q_i^T, where Q_i (d_in, n) is the 
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,15 +52,15 @@ class ClosedFormStream(ABC):
     def solve(self, layer: int, keys: Tensor) -> Tensor:
         """Q (d_in, n), float64, for the keys (d_in, n) of one layer."""
 
-    def remember(self, layer: int, keys: Tensor) -> None:
-        """Take up the keys (d_in, n) of a finished batch at one layer."""
+    def remember(self, layer: int, keys: Tensor) -> None:  # noqa: B027
+        """Take up the keys (d_in, n) of a finished batch at one layer; nothing by default."""
 
     def memory(self) -> dict[str, Tensor]:
         """The remembered keys by name."""
         return {}
 
-    def recall(self, memory: Mapping[str, Tensor]) -> None:
-        """Take up what ``memory`` returned."""
+    def recall(self, memory: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take up what ``memory`` returned; nothing by default."""
 
     def edit(self, requests: Sequence[EditRequest]) -> WeightDeltas:
         """Write one batch into the model.
@@ -92,15 +93,22 @@ class ClosedFormStream(ABC):
                 if not torch.isfinite(weight).all():
                     raise FloatingPointError(f"the update of {name} is not finite; the batch is undone")
                 deltas[name] = delta
-                if tell:
-                    tell(i + 1, len(layers))
+                tell(i + 1, len(layers))
         except BaseException:
             with torch.no_grad():
-                for name, weight in before.items():
-                    self.model.get_parameter(name).copy_(weight)
+                for name, old in before.items():
+                    self.model.get_parameter(name).copy_(old)
             raise
         self._unsettled = list(requests) if self.remembers else []
         return deltas
+
+    def notes(self) -> dict[str, Any]:
+        """The context templates, and how the last batch's target values came out."""
+        notes: dict[str, Any] = {"contexts": list(self.contexts.templates)}
+        if self.targets is not None:
+            notes["median_target_probability"] = self.targets.probability.median().item()
+            notes["mean_updates"] = self.targets.updates.double().mean().item()
+        return notes
 
     def state(self) -> dict[str, Tensor]:
         """The context templates and the keys remembered so far, the last batch's included."""
@@ -131,9 +139,9 @@ class ClosedFormStream(ABC):
             return LowRank(right.to(dtype).contiguous(), residual.T.contiguous())
         return LowRank(residual.contiguous(), right.T.to(dtype).contiguous())
 
-    def _tell(self, what: str):  # type: ignore[no-untyped-def]
+    def _tell(self, what: str) -> Callable[[int, int], None]:
         progress = self.progress
-        return (lambda done, total: progress(what, done, total)) if progress else None
+        return lambda done, total: progress(what, done, total) if progress else None
 
 
 @torch.no_grad()

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editors.sites import device_of
 
 BARE = "{}"
 STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -33,13 +36,14 @@ def sample_contexts(
 ) -> Contexts:
     """The bare template, and one sampled continuation of each start (top 5, temperature 1) before it."""
     sampled: list[str] = []
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
+    generate: Any = model.generate
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         for start in starts:
             ids = tokenizer(start, return_tensors="pt")["input_ids"].to(device)
-            out = model.generate(
+            out = generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
@@ -50,6 +54,6 @@ def sample_contexts(
                 min_length=LENGTH,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
             )
-            text = tokenizer.decode(out[0], skip_special_tokens=True)
+            text = str(tokenizer.decode(out[0], skip_special_tokens=True))
             sampled.append(text.replace("{", " ").replace("}", " ") + ". {}")
     return Contexts(((BARE,), tuple(sampled)))

@@ -17,6 +17,7 @@ def cholesky(matrix: Tensor) -> Tensor:
     its mean diagonal is added, the smallest that serves. Raises ValueError if none does.
     """
     matrix = matrix.double()
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not failed:
         return factor
@@ -53,7 +54,8 @@ def solve_with_keys(factor: Tensor, keys: Tensor, memory: Memory | None = None) 
         solved = solved - memory.solved @ torch.linalg.solve(inner, memory.keys.T @ solved)
     inner = keys.T @ solved
     inner.diagonal().add_(1.0)
-    return torch.linalg.solve(inner.T, solved.T).T
+    solution: Tensor = torch.linalg.solve(inner.T, solved.T).T
+    return solution
 
 
 def remember(factor: Tensor, keys: Tensor, memory: Memory | None = None) -> Memory:

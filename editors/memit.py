@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editors.api import Covariance, Progress
 from editors.closed_form import ClosedFormStream
 from editors.linalg import Memory, cholesky, remember, solve_with_keys
+from editors.sites import device_of
 from editors.targets import TargetConfig
 
 
@@ -68,7 +69,7 @@ class MemitSeqStream(MemitStream):
         self._memory = {}
         for name, keys in memory.items():
             layer = int(name.removeprefix("keys."))
-            self.remember(layer, keys.to(self.model.get_input_embeddings().weight.device))
+            self.remember(layer, keys.to(device_of(self.model)))
 
 
 @dataclass(frozen=True)
@@ -104,4 +105,6 @@ class MemitSeq:
         seed: int,
         progress: Progress | None = None,
     ) -> MemitSeqStream:
-        return MemitSeqStream(model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress)
+        return MemitSeqStream(
+            model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress
+        )

@@ -15,7 +15,7 @@ from editors.api import EditRequest
 from editors.capture import BlockCalls, inputs_of, pad_right, record_calls
 from editors.contexts import Contexts
 from editors.linalg import weighted_mean
-from editors.sites import sites_for
+from editors.sites import device_of, sites_for
 from editors.tokens import locate_subject
 
 PART_TOKENS = 8192  # tokens run at once, padding included
@@ -60,7 +60,7 @@ class SubjectRows:
                 prompt = locate_subject(tokenizer, template.replace("{}", request.prompt), request.subject)
                 rows.append(prompt.ids[: prompt.subject_last + 1])
         self.parts: list[_Part] = []
-        device = model.get_input_embeddings().weight.device
+        device = device_of(model)
         with torch.no_grad():
             for indices in _parts([len(row) for row in rows]):
                 ids, mask = pad_right([rows[i] for i in indices], device)

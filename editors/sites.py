@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -92,6 +93,7 @@ def sites_for(model: PreTrainedModel) -> Sites:
     return sites_of(model.config.model_type)
 
 
-def weight_of(model: PreTrainedModel, name: str) -> Tensor:
-    """The parameter of that name."""
-    return model.get_parameter(name)
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its token ids."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight.device

@@ -25,7 +25,7 @@ from editors.capture import (
     record_calls,
 )
 from editors.contexts import Contexts
-from editors.sites import sites_for
+from editors.sites import device_of, sites_for
 from editors.tokens import locate_subject, target_ids
 
 KL_TEMPLATE = "{} is a"
@@ -114,7 +114,7 @@ class _Pass:
         self.rows = rows
         self.suffix = rows[0].suffix
         self.prefix = max(row.subject for row in rows)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model)
         ids = torch.zeros(len(rows), self.prefix + self.suffix, dtype=torch.long)
         mask = torch.zeros_like(ids)
         positions = torch.arange(ids.shape[1]).repeat(len(rows), 1)
@@ -145,18 +145,20 @@ class _Pass:
                 position_ids=self.positions[:, self.prefix :],
                 past_key_values=FixedPrefix(self.kept, self.prefix), use_cache=True,
             )  # fmt: skip
-        as_index = lambda values: torch.tensor(values, dtype=torch.long, device=self.device)
-        self.edits = as_index([row.edit for row in rows])
+        self.edits = self._index([row.edit for row in rows])
         at = [
             (i, self.suffix - len(row.target) + t, token, row.share / len(row.target))
             for i, row in enumerate(rows)
             for t, token in enumerate(row.target)
         ]
-        self.loss_row = as_index([a[0] for a in at])
-        self.loss_position = as_index([a[1] for a in at])
-        self.loss_token = as_index([a[2] for a in at])
+        self.loss_row = self._index([a[0] for a in at])
+        self.loss_position = self._index([a[1] for a in at])
+        self.loss_token = self._index([a[2] for a in at])
         self.loss_share = torch.tensor([a[3] for a in at], dtype=torch.float64, device=self.device)
-        self.kl_row = as_index([i for i, row in enumerate(rows) if not row.target])
+        self.kl_row = self._index([i for i, row in enumerate(rows) if not row.target])
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def drop(self, finished: set[int]) -> bool:
         """Remove the rows of finished edits; False if none is left."""
@@ -164,7 +166,8 @@ class _Pass:
         if len(keep) < len(self.rows) and keep:
             index = torch.tensor(keep, device=self.device)
             self.rows = [self.rows[i] for i in keep]
-            self.hidden, self.mask, self.positions = self.hidden[index], self.mask[index], self.positions[index]
+            self.hidden, self.mask = self.hidden[index], self.mask[index]
+            self.positions = self.positions[index]
             self.kept = {layer: (k[index], v[index]) for layer, (k, v) in self.kept.items()}
             self._prepare()
         return bool(keep)
@@ -180,6 +183,13 @@ class _Pass:
         at_loss = self._head(hidden[self.loss_row, self.loss_position])
         token = at_loss.gather(1, self.loss_token[:, None]).squeeze(1)
         return token, self._head(hidden[self.kl_row, 0])
+
+    def row_probabilities(self, token: Tensor, n: int) -> Tensor:
+        """(n,) each edit's share of its mean over rewriting rows of exp(-NLL of the row)."""
+        lengths = token.new_tensor([max(len(row.target), 1) for row in self.rows])
+        shares = token.new_tensor([row.share for row in self.rows])
+        mean = token.new_zeros(len(self.rows)).index_add(0, self.loss_row, token) / lengths
+        return token.new_zeros(n).index_add(0, self.edits, shares * mean.exp())
 
     def _head(self, hidden: Tensor) -> Tensor:
         norm = self.model.get_submodule(self.sites.final_norm)
@@ -228,8 +238,8 @@ def optimise_targets(
         with frozen(model):
             results.append(_optimise(model, tokenizer, pool, contexts, config, tell))
         before += len(pool) * config.steps
-    join = lambda name: torch.cat([getattr(result, name) for result in results])
-    return Targets(*(join(name) for name in Targets.__dataclass_fields__))
+    columns = zip(*(vars(result).values() for result in results), strict=True)
+    return Targets(*(torch.cat(column) for column in columns))
 
 
 def _optimise(
@@ -240,86 +250,115 @@ def _optimise(
     config: TargetConfig,
     progress: Callable[[int], None] | None,
 ) -> Targets:
+    """One pool of edits, from delta = 0 to the last unfinished one."""
     n = len(requests)
-    z_layer = config.layers[-1]
-    passes = [_Pass(model, rows, z_layer) for rows in _passes(target_rows(tokenizer, requests, contexts))]
-    device = passes[0].device
-    dtype = torch.promote_types(torch.float32, passes[0].hidden.dtype)
-
-    initial = torch.empty(n, passes[0].hidden.shape[-1], dtype=dtype, device=device)
-    for part in passes:
-        for i, row in enumerate(part.rows):
-            if row.bare:
-                initial[row.edit] = part.hidden[i, 0].to(dtype)
+    rows = target_rows(tokenizer, requests, contexts)
+    passes = [_Pass(model, part, config.layers[-1]) for part in _passes(rows)]
+    initial = _initial_states(passes, n)
     scale = initial.norm(dim=1)
-
-    zeros = lambda *shape: torch.zeros(*shape, dtype=dtype, device=device)
-    delta, moment, square = zeros(initial.shape), zeros(initial.shape), zeros(initial.shape)
-    first_loss, last_loss, probability = zeros(n), zeros(n), zeros(n)
-    updates = torch.zeros(n, dtype=torch.long, device=device)
-    active = torch.ones(n, dtype=torch.bool, device=device)
-    reference: dict[int, Tensor] = {}  # edit -> (V,) log p_0 at the KL row
+    adam = _Adam(initial, config.learning_rate)
+    delta = torch.zeros_like(initial)
+    active = torch.ones(n, dtype=torch.bool, device=initial.device)
+    updates = torch.zeros(n, dtype=torch.long, device=initial.device)
+    first_loss, last_loss, probability = (torch.zeros_like(scale) for _ in range(3))
+    unmoved: dict[int, Tensor] = {}  # edit -> (V,) log p_0 at its KL row
 
     for step in range(config.steps):
         last = step == config.steps - 1
-        loss, gradient, likely = zeros(n), zeros(initial.shape), zeros(n)
-        for part in passes:
-            leaf = delta.detach().requires_grad_(not last)
-            with torch.set_grad_enabled(not last):
-                token, at_subject = part.log_probabilities(leaf)
-                edits = part.edits
-                nll = zeros(n).index_add(0, edits[part.loss_row], -(part.loss_share.to(dtype) * token.to(dtype)))
-                kl_edits = edits[part.kl_row]
-                if step == 0:
-                    for edit, row in zip(kl_edits.tolist(), at_subject.detach(), strict=True):
-                        reference[edit] = row
-                if len(kl_edits):
-                    start = torch.stack([reference[edit] for edit in kl_edits.tolist()])
-                    kl = (at_subject.exp() * (at_subject - start)).sum(dim=1).to(dtype)
-                    nll = nll.index_add(0, kl_edits, config.kl_factor * kl)
-                if not last:
-                    gradient += torch.autograd.grad(nll.sum(), leaf)[0]
-            loss += nll.detach()
-            likely += _row_probability(part, token.detach().to(dtype), n)
+        loss, gradient, likely = _evaluate(passes, delta, unmoved, config.kl_factor, backward=not last)
         size = delta.norm(dim=1)
-        loss += config.weight_decay * size / scale**2
-        if not torch.isfinite(loss[active]).all():
-            bad = next(e for e in range(n) if active[e] and not torch.isfinite(loss[e]))
-            raise FloatingPointError(
-                f"case {requests[bad].case_id}: the loss of its target value is {loss[bad].item()} "
-                f"at step {step}; check the model's weights and the learning rate"
-            )
-        first_loss = loss.clone() if step == 0 else first_loss
+        loss = loss + config.weight_decay * size / scale**2
+        _check_finite(loss, active, requests, step)
+        if step == 0:
+            first_loss = loss
         last_loss = torch.where(active, loss, last_loss)
         probability = torch.where(active, likely, probability)
-        finished = active & (loss < config.stop_loss)
-        active = active & ~finished
+        active = active & (loss >= config.stop_loss)
         if progress:
-            progress((step + 1) * int(active.sum()) + config.steps * int((~active).sum()))
+            unfinished = int(active.sum())
+            progress((step + 1) * unfinished + config.steps * (n - unfinished))
         if last or not active.any():
             break
-
-        gradient += config.weight_decay * delta / (size.clamp(min=torch.finfo(dtype).tiny) * scale**2)[:, None]
-        updates += active
-        moment = ADAM_BETAS[0] * moment + (1 - ADAM_BETAS[0]) * gradient
-        square = ADAM_BETAS[1] * square + (1 - ADAM_BETAS[1]) * gradient**2
-        correction = [1 - beta ** (step + 1) for beta in ADAM_BETAS]
-        change = config.learning_rate / correction[0] * moment / ((square / correction[1]).sqrt() + ADAM_EPS)
-        moved = delta - change
-        longest = config.clamp_norm_factor * scale
-        length = moved.norm(dim=1)
-        moved = torch.where((length > longest)[:, None], moved * (longest / length)[:, None], moved)
+        tiny = torch.finfo(size.dtype).tiny  # the decay's gradient is zero at delta = 0
+        gradient += (config.weight_decay / (size.clamp(min=tiny) * scale**2))[:, None] * delta
+        moved = _clamped(delta - adam.step(gradient), config.clamp_norm_factor * scale)
         delta = torch.where(active[:, None], moved, delta)
-        done = set((~active).nonzero().flatten().tolist())
-        passes = [part for part in passes if part.drop(done)]
+        updates += active
+        finished = set((~active).nonzero().flatten().tolist())
+        passes = [part for part in passes if part.drop(finished)]
 
     return Targets(initial + delta, initial, first_loss, last_loss, probability, updates)
 
 
-def _row_probability(part: _Pass, token: Tensor, n: int) -> Tensor:
-    """(n,) each edit's mean over its rewriting rows in this pass of exp(-NLL of the row)."""
-    rows = len(part.rows)
-    lengths = torch.tensor([max(len(row.target), 1) for row in part.rows], device=token.device)
-    shares = torch.tensor([row.share for row in part.rows], dtype=token.dtype, device=token.device)
-    mean = torch.zeros(rows, dtype=token.dtype, device=token.device).index_add(0, part.loss_row, token) / lengths
-    return torch.zeros(n, dtype=token.dtype, device=token.device).index_add(0, part.edits, shares * mean.exp())
+def _initial_states(passes: Sequence[_Pass], n: int) -> Tensor:
+    """h_init (n, d_out) in float32 or better: the z-layer's output at the bare template's subject."""
+    hidden = passes[0].hidden
+    initial = hidden.new_empty(n, hidden.shape[-1], dtype=torch.promote_types(torch.float32, hidden.dtype))
+    for part in passes:
+        for i, row in enumerate(part.rows):
+            if row.bare:
+                initial[row.edit] = part.hidden[i, 0].to(initial.dtype)
+    return initial
+
+
+def _evaluate(
+    passes: Sequence[_Pass], delta: Tensor, unmoved: dict[int, Tensor], kl_factor: float, *, backward: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per edit: NLL plus weighted KL (n,), its gradient by delta (n, d_out), mean row probability (n,).
+
+    unmoved: log p_0 of the KL rows; filled by the first call, where delta is zero.
+    """
+    n, dtype = len(delta), delta.dtype
+    loss, likely, gradient = delta.new_zeros(n), delta.new_zeros(n), torch.zeros_like(delta)
+    for part in passes:
+        leaf = delta.detach().requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            token, at_subject = part.log_probabilities(leaf)
+            token = token.to(dtype)
+            edits = part.edits[part.loss_row]
+            own = delta.new_zeros(n).index_add(0, edits, -part.loss_share.to(dtype) * token)
+            if len(part.kl_row):
+                edits = part.edits[part.kl_row]
+                for edit, row in zip(edits.tolist(), at_subject.detach(), strict=True):
+                    unmoved.setdefault(edit, row)
+                start = torch.stack([unmoved[edit] for edit in edits.tolist()])
+                divergence = (at_subject.exp() * (at_subject - start)).sum(dim=1).to(dtype)
+                own = own.index_add(0, edits, kl_factor * divergence)
+            if backward:
+                gradient += torch.autograd.grad(own.sum(), leaf)[0]
+        loss += own.detach()
+        likely += part.row_probabilities(token.detach(), n)
+    return loss, gradient, likely
+
+
+def _check_finite(loss: Tensor, active: Tensor, requests: Sequence[EditRequest], step: int) -> None:
+    wrong = (active & ~loss.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise FloatingPointError(
+            f"case {requests[wrong[0]].case_id}: the loss of its target value is {loss[wrong[0]].item()} "
+            f"at step {step}; check the model's weights and the learning rate"
+        )
+
+
+def _clamped(vectors: Tensor, longest: Tensor) -> Tensor:
+    """Rows of (n, d) scaled down to at most ``longest`` (n,)."""
+    length = vectors.norm(dim=1)
+    return torch.where((length > longest)[:, None], vectors * (longest / length)[:, None], vectors)
+
+
+class _Adam:
+    """Adam on (n, d) with one step count: all edits of a pool start together and finished ones are dropped."""
+
+    def __init__(self, like: Tensor, learning_rate: float) -> None:
+        self.learning_rate, self.steps = learning_rate, 0
+        self.moment, self.square = torch.zeros_like(like), torch.zeros_like(like)
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """What to subtract."""
+        self.steps += 1
+        first, second = ADAM_BETAS
+        self.moment = first * self.moment + (1 - first) * gradient
+        self.square = second * self.square + (1 - second) * gradient**2
+        moment = self.moment / (1 - first**self.steps)
+        square = self.square / (1 - second**self.steps)
+        return self.learning_rate * moment / (square.sqrt() + ADAM_EPS)

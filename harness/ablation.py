@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from harness.arguments import FLAGS, OneLineParser, add_flags
+from harness.arguments import FLAGS, Flag, OneLineParser, add_flags
 
 RUNS = Path("runs")
 
@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s"
+    )
     _quiet()
     from harness.progress import Display
     from harness.run import run_grid
@@ -33,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     display = Display()
     try:
         given = _given(args)
-        overrides = [*given.pop("set", []), *(args.set or [])]
+        overrides = [*(given.pop("set", None) or []), *(args.set or [])]
         data, out = given.pop("data", None), given.pop("out", None)
         spec = resolve(given, overrides)
         folder = Path(out) if out else _folder(spec.model, spec.dataset)
         failed = run_grid(spec, out=folder, data=data, fresh=args.fresh, display=display)
     except ValueError as error:
-        print(f"harness.ablation: {error}", file=sys.stderr)
+        print(f"harness.ablation: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("harness.ablation: stopped; the same command with --out continues it", file=sys.stderr)
@@ -55,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Edit a model batch after batch and compare baseline, +MM, +R and +MM+R.",
     )
     add_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/<timestamp>-<model>-<dataset>")
+    parser.add_argument(
+        "--out", metavar="DIR", help="run folder; default: runs/<timestamp>-<model>-<dataset>"
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an existing run folder (the default)")
     again.add_argument("--fresh", action="store_true", help="begin anew in an existing run folder")
@@ -70,7 +74,9 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     if args.config:
         given = _read_config(args.config)
     names = [*FLAGS, "out"]
-    given |= {name: getattr(args, name) for name in names if getattr(args, name) is not None and name != "set"}
+    given |= {
+        name: getattr(args, name) for name in names if getattr(args, name) is not None and name != "set"
+    }
     return given
 
 
@@ -90,15 +96,17 @@ def _read_config(path: str) -> dict[str, Any]:
 
 def _checked(name: str, value: Any, path: str) -> Any:
     """A YAML value with the type its flag has on the command line."""
-    flag = FLAGS.get(name)
-    if flag is None or value is None:
+    if value is None:
         return value
+    flag = FLAGS.get(name, Flag("the run folder"))
     values = value if isinstance(value, list) else [value]
     if flag.many is False and isinstance(value, list):
         raise ValueError(f"config {path!r}: {name} is {value!r}; it takes one value")
     try:
-        typed = [flag.kind(v) for v in values if not isinstance(v, dict | list)]
-    except (TypeError, ValueError):
+        typed = [
+            flag.kind(str(v)) for v in values if isinstance(v, str | int | float) and not isinstance(v, bool)
+        ]
+    except ValueError:
         typed = []
     if len(typed) != len(values):
         raise ValueError(f"config {path!r}: {name} is {value!r}; it takes {flag.kind.__name__} values")
@@ -117,8 +125,8 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

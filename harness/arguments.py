@@ -29,7 +29,9 @@ FLAGS: dict[str, Flag] = {
     "num_batches": Flag("batches; default: by model", kind=int, metavar="N"),
     "chain": Flag("shadow or merged: what the next batch edits under merging; default: shadow"),
     "merger": Flag("how a change is pruned before merging; default: self-aware"),
-    "pruning_ratio": Flag("share of a change that is dropped; default: 0.85", kind=float, many=True, metavar="R"),
+    "pruning_ratio": Flag(
+        "share of a change that is dropped; default: 0.85", kind=float, many=True, metavar="R"
+    ),
     "router": Flag("how queries are routed; default: topk"),
     "top_k": Flag("nearest texts that decide a route; default: 2", kind=int, many=True, metavar="K"),
     "encoder": Flag("minilm, openai:MODEL, or a sentence-transformers id or folder; default: minilm"),
@@ -52,7 +54,12 @@ class OneLineParser(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add every flag of the table; absent ones are None."""
     for name, flag in FLAGS.items():
-        options: dict[str, Any] = {"help": flag.help, "type": flag.kind, "metavar": flag.metavar, "default": None}
+        options: dict[str, Any] = {
+            "help": flag.help,
+            "type": flag.kind,
+            "metavar": flag.metavar,
+            "default": None,
+        }
         if flag.many:
             options["nargs"] = "+"
         parser.add_argument(f"--{name.replace('_', '-')}", **options)

@@ -70,7 +70,7 @@ def load_dataset(name: str, data: str | None = None) -> Dataset:
     Raises ValueError in one line for an unknown name, a missing file or a broken record.
     """
     if name in DATASETS:
-        return DATASETS[name](data or os.environ.get("SEQMMR_DATA"))
+        return DATASETS[name](data or os.environ.get("SEQMMR_DATA") or None)
     if Path(name).exists():
         return _from_records(name, Path(name).name, read_lines(Path(name)))
     raise ValueError(
@@ -119,9 +119,7 @@ def hub_records(name: str, revision: str, splits: Sequence[str]) -> list[dict[st
 
     try:
         return [
-            dict(record)
-            for split in splits
-            for record in load_from_hub(name, revision=revision, split=split)
+            dict(record) for split in splits for record in load_from_hub(name, revision=revision, split=split)
         ]
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -152,7 +150,7 @@ def _from_records(name: str, source: str, records: Sequence[Mapping[str, Any]]) 
 def _fact(record: Mapping[str, Any]) -> tuple[str, str]:
     rewrite = record["requested_rewrite"]
     relation = record.get("relation") or rewrite.get("relation_id") or rewrite["prompt"]
-    return rewrite["subject"], relation
+    return rewrite["subject"], str(relation)
 
 
 def to_case(record: Mapping[str, Any], number: int) -> EditCase:
@@ -162,27 +160,29 @@ def to_case(record: Mapping[str, Any], number: int) -> EditCase:
     """
     case_id = record.get("case_id", number)
     where = f"case {case_id}"
-    if not isinstance(case_id, int | str):
+    if not isinstance(case_id, int | str) or isinstance(case_id, bool):
         raise ValueError(f"record {number}: case_id {case_id!r} is neither a number nor a text")
     rewrite = _field(record, "requested_rewrite", dict, where)
-    text = lambda name: _field(rewrite, name, str, f"{where}, requested_rewrite")  # noqa: E731
-    target = lambda name: _text(  # noqa: E731
-        _field(rewrite, name, dict, f"{where}, requested_rewrite").get("str"), f"{where}, {name}.str"
+    inside = f"{where}, requested_rewrite"
+    target_new, target_true = (
+        _text(_field(rewrite, name, dict, inside).get("str"), f"{inside}.{name}.str")
+        for name in ("target_new", "target_true")
     )
     request = EditRequest(
-        case_id=case_id, prompt=text("prompt"), subject=text("subject"), target_new=target("target_new")
+        case_id=case_id,
+        prompt=_field(rewrite, "prompt", str, inside),
+        subject=_field(rewrite, "subject", str, inside),
+        target_new=target_new,
     )
-    target_true = target("target_true")
     if request.target_new.strip() == target_true.strip():
         raise ValueError(f"{where}: target_new equals target_true {target_true!r}; there is nothing to edit")
-    prompts = lambda name, least: _prompts(record, name, least, where)  # noqa: E731
     return EditCase(
         case_id=case_id,
         request=request,
         target_true=target_true,
-        paraphrase_prompts=prompts("paraphrase_prompts", 1),
-        neighborhood_prompts=prompts("neighborhood_prompts", 1),
-        generation_prompts=prompts("generation_prompts", 0),
+        paraphrase_prompts=_prompts(record, "paraphrase_prompts", 1, where),
+        neighborhood_prompts=_prompts(record, "neighborhood_prompts", 1, where),
+        generation_prompts=_prompts(record, "generation_prompts", 0, where),
     )
 
 
@@ -203,7 +203,9 @@ def _text(value: Any, where: str) -> str:
 def _prompts(record: Mapping[str, Any], name: str, least: int, where: str) -> tuple[str, ...]:
     values = record.get(name, [])
     if not isinstance(values, list | tuple) or len(values) < least:
-        raise ValueError(f"{where}: field {name!r} is {values!r}; it needs a list of at least {least} prompts")
+        raise ValueError(
+            f"{where}: field {name!r} is {values!r}; it needs a list of at least {least} prompts"
+        )
     return tuple(_text(value, f"{where}, {name}[{i}]") for i, value in enumerate(values))
 
 
@@ -234,7 +236,5 @@ def select(
             f"The router has {len(drawn)} unrelated prompts instead of {wanted}: {dataset.name} has no more "
             "records beside the edited ones."
         )
-    selection = Selection(
-        cases=tuple(cases[i] for i in chosen), negatives=tuple(cases[i] for i in drawn)
-    )
+    selection = Selection(cases=tuple(cases[i] for i in chosen), negatives=tuple(cases[i] for i in drawn))
     return selection, notes

@@ -21,7 +21,9 @@ def state_path(folder: Path, chain: str) -> Path:
     return folder / "state" / f"{chain}.safetensors"
 
 
-def write_delta(path: Path, delta: WeightDeltas, *, editor: str, case_ids: Sequence[int | str], **more: str) -> None:
+def write_delta(
+    path: Path, delta: WeightDeltas, *, editor: str, case_ids: Sequence[int | str], **more: str
+) -> None:
     """Store one batch's change, naming its cases."""
     tensors: dict[str, Tensor] = {}
     for name, change in delta.items():

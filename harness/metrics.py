@@ -47,15 +47,12 @@ def tabulate_cell(
             shown = unedited[i]
         record = order.setdefault(row["case_id"], len(order))
         values.setdefault((record, row["kind"]), []).append(_outcome(shown))
-    means = lambda which: np.array(  # noqa: E731
-        [
-            [np.mean([outcome[which] for outcome in values[record, kind]]) for kind in KINDS]
-            for record in range(len(order))
-        ],
+    means = np.array(  # (records, kinds, 2)
+        [[np.mean(values[record, kind], axis=0) for kind in KINDS] for record in range(len(order))],
         dtype=np.float64,
     )
     prompts = {kind: sum(row["kind"] == kind for row in cases) for kind in KINDS}
-    return Table(success=means(0), argmax=means(1), prompts=prompts)
+    return Table(success=means[..., 0], argmax=means[..., 1], prompts=prompts)
 
 
 def _outcome(row: Mapping[str, Any]) -> tuple[bool, bool]:
@@ -94,7 +91,9 @@ def edit_scores(table: Table, baseline: Table | None, counts: Array) -> list[Sco
             )  # fmt: skip
         if part == "success":
             mean = None if base is None else (harmonic_mean(base[0]), harmonic_mean(base[1]))
-            scores.append(_score("score", harmonic_mean(value), harmonic_mean(drawn), len(table.success), mean))
+            scores.append(
+                _score("score", harmonic_mean(value), harmonic_mean(drawn), len(table.success), mean)
+            )
     order = ["efficacy", "generalization", "locality", "score"]
     return sorted(scores, key=lambda s: order.index(s.metric) if s.metric in order else len(order))
 

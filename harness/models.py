@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from editors.sites import sites_of
 from harness.paths import cache_folder
@@ -43,16 +50,16 @@ MODELS: dict[str, ModelPreset] = {
     "gpt2-xl": ModelPreset(
         hub_id="openai-community/gpt2-xl", revision="15ea56dee5df4983c59b2538573817e1667135e2"
     ),
-    "gpt-j-6b": ModelPreset(hub_id="EleutherAI/gpt-j-6b", revision="47e169305d2e8376be1d31e765533382721b2cc1"),
+    "gpt-j-6b": ModelPreset(
+        hub_id="EleutherAI/gpt-j-6b", revision="47e169305d2e8376be1d31e765533382721b2cc1"
+    ),
     "llama3-8b": ModelPreset(
         hub_id="meta-llama/Meta-Llama-3-8B", revision="8cde5ca8380496c9a6cc7ef3a8b46a0372a1d920"
     ),
     "llama3-8b-instruct": ModelPreset(
         hub_id="meta-llama/Meta-Llama-3-8B-Instruct", revision="5f0b02c75b57c5855da9ae460ce51323ea669d8a"
     ),
-    "qwen2.5-7b": ModelPreset(
-        hub_id="Qwen/Qwen2.5-7B", revision="d149729398750b98c0af14eb82c78cfe92750796"
-    ),
+    "qwen2.5-7b": ModelPreset(hub_id="Qwen/Qwen2.5-7B", revision="d149729398750b98c0af14eb82c78cfe92750796"),
     "qwen2.5-7b-instruct": ModelPreset(
         hub_id="Qwen/Qwen2.5-7B-Instruct", revision="a09a35458c702b33eeacc393d103063234e8bc28"
     ),
@@ -110,15 +117,24 @@ def load_model(name: str, source: _Source, *, dtype: torch.dtype, device: str) -
     """Load a model with its edited weights to be kept in float32 or better (``edit_in_float32``)."""
     config = model_config(source)
     with _one_line(source):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path, config=config, revision=source.revision, dtype=dtype, low_cpu_mem_usage=True
-        )
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+        if not tokenizer("text")["input_ids"]:  # what is made up where there are no files knows no text
+            raise ValueError("it has no tokenizer; save one beside the weights")
+        model: Any
+        info: dict[str, Any]
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, info = load(
+            source.path, config=config, revision=source.revision, dtype=dtype, low_cpu_mem_usage=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        if info["missing_keys"]:  # they would be random
+            raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     model = model.to(device).eval().requires_grad_(False)
     prepare_tokenizer(tokenizer)
     return LoadedModel(
-        model=model, tokenizer=tokenizer, name=name, revision=source.revision, digest=weights_digest(model)
-    )
+        model=model, tokenizer=tokenizer, name=name, digest=weights_digest(model),
+        revision=source.revision or getattr(config, "_commit_hash", None),  # of a hub id, the commit found
+    )  # fmt: skip
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -132,7 +148,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 def _one_line(source: _Source) -> Iterator[None]:
     try:
         yield
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"model {source.path!r} cannot be loaded: {reason} -- check the name, the network or HF_TOKEN, "
@@ -237,8 +253,9 @@ def weights_in_place(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> I
         for name, value in weights.items():
             module = model.get_submodule(name.rpartition(".")[0])
             for parameter in module.parameters():  # a bias follows the precision of its weight
-                own[parameter] = parameter.data
-                parameter.data = parameter.data.to(value.dtype)
+                if parameter not in own:
+                    own[parameter] = parameter.data
+                    parameter.data = parameter.data.to(value.dtype)
             parameter = model.get_parameter(name)
             parameter.data = value.to(own[parameter].device)
         yield

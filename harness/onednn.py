@@ -4,6 +4,8 @@ PyTorch hands float32 products to MKL, which on processors that are not Intel's 
 unused; oneDNN does not. The products are float32 throughout, so results differ by rounding only.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ _OPS = ("_reorder_linear_weight", "_linear_pointwise")
 
 def available() -> bool:
     """Whether this build of PyTorch offers oneDNN's packed products."""
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, op) for op in _OPS)
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, op) for op in _OPS)  # type: ignore[no-untyped-call]
 
 
 def pack_linears(model: PreTrainedModel, *, leave: set[str]) -> int:
@@ -35,7 +37,7 @@ def pack_linears(model: PreTrainedModel, *, leave: set[str]) -> int:
             and weight.dtype == torch.float32
             and weight.device.type == "cpu"
         ):
-            module.forward = _Packed(module)
+            module.forward = _Packed(module)  # type: ignore[method-assign]
             packed += 1
     return packed
 
@@ -43,22 +45,22 @@ def pack_linears(model: PreTrainedModel, *, leave: set[str]) -> int:
 class _Packed:
     """The forward of one linear layer."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.weight, self.bias = module.weight, module.bias
+    def __init__(self, module: nn.Linear | Conv1D) -> None:
+        self.weight: Tensor = module.weight
+        self.bias: Tensor | None = module.bias
         self.transposed = isinstance(module, Conv1D)
-        self.plain = type(module).forward.__get__(module)
+        self.plain: Callable[[Tensor], Tensor] = partial(type(module).forward, module)
         self.state: tuple[int, int] | None = None
         self.straight: Tensor | None = None
         self.back: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or not x.numel() or self.weight.requires_grad:
-            out: Tensor = self.plain(x)
-            return out
+            return self.plain(x)
         state = (self.weight.data_ptr(), self.weight._version)
         if state != self.state:
             self.state, self.straight, self.back = state, None, None
-        return _Product.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Product.apply(x, self)  # type: ignore[no-any-return]
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b."""

@@ -3,7 +3,9 @@
 import gzip
 import json
 import os
+import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,11 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,9 +58,27 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file with metadata."""
+    """A safetensors file with metadata, whose bytes depend on these alone."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(ready, temporary, dict(metadata)))
+
+    def write(temporary: Path) -> None:
+        save_file(ready, temporary, dict(metadata))
+        _sort_metadata(temporary)
+
+    write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata's keys in order; safetensors writes them in another one every time."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+            assert len(ordered) <= length, "the header grew by being sorted"
+            file.seek(8)
+            file.write(ordered.ljust(length))
 
 
 def write_lines_gz(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -80,7 +104,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         text = raw.decode("utf-8")
     except FileNotFoundError:
         raise ValueError(f"file {str(path)!r} does not exist") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"file {str(path)!r} cannot be read: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"file {str(path)!r} is not UTF-8: {error}") from None

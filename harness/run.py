@@ -1,12 +1,10 @@
 """Carry out a grid: edit once per chain, score each weight set once, and read every cell off the outcomes."""
 
-import dataclasses
 import gc
 import json
 import platform
 import resource
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -17,17 +15,16 @@ import jsonlines
 import torch
 from torch import Tensor
 
-from editors import EDITORS, EditRequest, EditStream, dense
+from editors import EDITORS, EditStream, dense
 from editors.sites import sites_for
 from harness import onednn
-from harness.data import Dataset, EditCase, Selection, load_dataset, select
+from harness.data import load_dataset, select
 from harness.deltas import delta_path, read_delta, read_state, state_path, write_delta, write_state
 from harness.encoders import encoder
 from harness.grid import NO_MERGE, Cell, cells_of, merge_ratios, needs_unmerged, weights_id
 from harness.metrics import Table, edit_scores, resampling_counts, route_scores, tabulate_cell
 from harness.models import (
     MODELS,
-    LoadedModel,
     edit_in_float32,
     find_model,
     load_model,
@@ -38,8 +35,8 @@ from harness.models import (
 from harness.paths import cache_folder, read_lines, write_json, write_lines_gz
 from harness.progress import Display, Stage
 from harness.scoring import Query, score
-from harness.spec import RunSpec, hyperparameter_source
-from harness.stats import Covariance, covariances, load_corpus
+from harness.spec import CORPORA, RunSpec, hyperparameter_source
+from harness.stats import Covariance, covariances, load_corpus, read_texts
 from merging import MERGERS
 from merging.chain import shadow_chain
 from reports.record import SCHEMA_VERSION, Record, Score
@@ -82,7 +79,13 @@ class _Run:
         self.selection, self.notes = select(
             self.dataset, edits=spec.edits, negatives=spec.negatives, order=spec.select, seed=spec.seed
         )
-        self.embed = encoder(spec.encoder, cache=cache_folder("embeddings"), device=spec.device) if spec.routes else None
+        if spec.stats not in CORPORA:
+            read_texts(spec.stats)  # refused now if it is broken, not after the model is loaded
+        self.embed = (
+            encoder(spec.encoder, cache=cache_folder("embeddings"), device=spec.device)
+            if spec.routes
+            else None
+        )
         self.info = self._open(fresh)
         self.batches = [
             self.selection.cases[i : i + spec.batch_size] for i in range(0, spec.edits, spec.batch_size)
@@ -94,11 +97,16 @@ class _Run:
     def _open(self, fresh: bool) -> dict[str, Any]:
         """Create or continue the run folder; its run.json as data."""
         path = self.out / "run.json"
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"{self.out} is a file, not a folder; give another --out")
         plain = self.spec.as_json() | {"data_digest": self.dataset.digest}
         info: dict[str, Any] = {}
         if path.is_file() and not fresh:
-            info = json.loads(path.read_text("utf-8"))
-            then = info["spec"]
+            try:
+                info = json.loads(path.read_text("utf-8"))
+                then = info["spec"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path} is broken; give another --out, or --fresh to begin anew") from None
             differ = [
                 f"{name}: {then.get(name)!r} there, {plain.get(name)!r} now"
                 for name in sorted(then.keys() | plain.keys())
@@ -113,18 +121,25 @@ class _Run:
             if not path.is_file():
                 raise ValueError(f"folder {self.out} is not empty and holds no run; give another --out")
             _clear(self.out)
+        before = info.get("provenance", {})
         info |= {
             "schema_version": SCHEMA_VERSION,
             "run_id": self.spec.digest(),
             "status": "running",
             "spec": plain,
             "model_note": MODELS[self.spec.model].note if self.spec.model in MODELS else None,
-            "provenance": self._provenance(),
+            "provenance": self._provenance()
+            | {name: before[name] for name in ("model", "statistics") if name in before},
         }
         info.setdefault("timings", {})
         info.setdefault("per_editor", {})
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, info)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(path, info)
+        except OSError as error:
+            raise ValueError(
+                f"folder {self.out} cannot be written: {error.strerror}; give another --out"
+            ) from None
         return info
 
     def _provenance(self) -> dict[str, Any]:
@@ -142,12 +157,18 @@ class _Run:
             **_commit(),
             "python": platform.python_version(),
             "packages": versions,
-            "machine": {"processor": platform.machine(), "system": platform.system(), "device": _device_name(self.spec)},
+            "machine": {
+                "processor": platform.machine(),
+                "system": platform.system(),
+                "device": _device_name(self.spec),
+            },
             "threads": torch.get_num_threads(),
             "dataset": dataset,
             "case_ids": [case.case_id for case in self.selection.cases],
             "negative_ids": [case.case_id for case in self.selection.negatives],
-            "hyperparameter_sources": {e: hyperparameter_source(self.spec.model, e) for e in self.spec.editors},
+            "hyperparameter_sources": {
+                e: hyperparameter_source(self.spec.model, e) for e in self.spec.editors
+            },
         }
 
     def _note(self, **more: Any) -> None:
@@ -160,7 +181,9 @@ class _Run:
         spec = self.spec
         with self.display.live():
             with self.display.stage(f"load {spec.model}") as stage:
-                self.loaded = load_model(spec.model, self.source, dtype=getattr(torch, spec.dtype), device=spec.device)
+                self.loaded = load_model(
+                    spec.model, self.source, dtype=getattr(torch, spec.dtype), device=spec.device
+                )
                 names = [sites_for(self.loaded.model).weight_name(layer) for layer in self.layers]
                 edit_in_float32(self.loaded.model, names)
                 packed = onednn.pack_linears(self.loaded.model, leave=set(names)) if onednn.available() else 0
@@ -180,7 +203,7 @@ class _Run:
                 try:
                     stats = stats or self._statistics()
                     self._editor(editor, stats)
-                except (RuntimeError, FloatingPointError, ValueError) as error:
+                except Exception as error:  # whatever it is, the other editors' cells do not depend on it
                     self._fail(editor, error)
                 finally:
                     self._restore(self.base)
@@ -197,7 +220,13 @@ class _Run:
             for case in batch:
                 for kind, prompts in case.prompts.items():
                     for index, prompt in enumerate(prompts):
-                        row = {"case_id": case.case_id, "batch": number, "kind": kind, "index": index, "prompt": prompt}
+                        row = {
+                            "case_id": case.case_id,
+                            "batch": number,
+                            "kind": kind,
+                            "index": index,
+                            "prompt": prompt,
+                        }
                         queries.append((row, Query(prompt, case.request.target_new, case.target_true)))
         return queries
 
@@ -217,12 +246,18 @@ class _Run:
     def _statistics(self) -> dict[int, Covariance]:
         spec = self.spec
         with self.display.stage("statistics") as stage:
-            progress = lambda done, total: stage.update(done / total)  # noqa: E731
-            corpus = load_corpus(spec.stats, self.loaded, limit=spec.limit_stats, seed=spec.seed, progress=progress)
+            progress = lambda done, total: stage.update(done / total)
+            corpus = load_corpus(
+                spec.stats, self.loaded, limit=spec.limit_stats, seed=spec.seed, progress=progress
+            )
             found = covariances(self.loaded, self.layers, corpus, limit=spec.limit_stats, progress=progress)
             self._timed("statistics", stage)
         tokens = next(iter(found.values())).tokens
-        self.info["provenance"]["statistics"] = {"corpus": corpus.name, "digest": corpus.digest, "tokens": tokens}
+        self.info["provenance"]["statistics"] = {
+            "corpus": corpus.name,
+            "digest": corpus.digest,
+            "tokens": tokens,
+        }
         return found
 
     def _editor(self, editor: str, stats: Mapping[int, Covariance]) -> None:
@@ -254,7 +289,9 @@ class _Run:
         while done < len(self.batches) and delta_path(self.out, chain, done + 1).is_file():
             done += 1
         state, settled = read_state(state_path(self.out, chain))
-        done = done if done == len(self.batches) else min(done, settled)
+        if done < len(self.batches):
+            done = settled if settled <= done else 0  # a state beyond the last delta fits none before it
+            state = state if done else {}
         for batch in range(1, done + 1):
             weights = self._after(weights, read_delta(delta_path(self.out, chain, batch)), ratio)
         if done == len(self.batches):
@@ -297,7 +334,9 @@ class _Run:
                 stage.update(batch)
             seconds = time.perf_counter() - start
             edited = (len(self.batches) - done) * spec.batch_size
-            self._measured(chain, edit_seconds_per_edit=seconds / edited, contexts=list(stream.contexts.templates))
+            self._measured(
+                chain, edit_seconds_per_edit=seconds / edited, contexts=list(stream.contexts.templates)
+            )
             self._timed(f"edit {chain}", stage)
         return weights
 
@@ -360,7 +399,9 @@ class _Run:
         records: list[Record] = []
         for cell in cells_of(self.spec, editor):
             if cell.pruning_ratio is not None and editor in NO_MERGE:
-                records.append(self._record(cell.editor, cell.name, "overall", (), cell=cell, error="not applicable"))
+                records.append(
+                    self._record(cell.editor, cell.name, "overall", (), cell=cell, error="not applicable")
+                )
                 continue
             rows = outcomes[cell.pruning_ratio]
             baseline = outcomes.get(None) if cell.name != "baseline" else None
@@ -377,7 +418,7 @@ class _Run:
         records = []
         for number in range(len(self.batches) + 1):
             index = [i for i, row in enumerate(rows) if number in (0, row["batch"])]
-            pick = lambda values: [values[i] for i in index] if values is not None else None  # noqa: E731, B023
+            pick = lambda values: [values[i] for i in index] if values is not None else None  # noqa: B023
             table = tabulate_cell(pick(rows), pick(self.unedited), pick(routes))
             base: Table | None = tabulate_cell(pick(baseline)) if baseline is not None else None
             counts = resampling_counts(len(table.success), self.spec.seed)
@@ -386,7 +427,11 @@ class _Run:
                 scores += route_scores(pick(rows), pick(routes), self.spec.seed)
             records.append(
                 self._record(
-                    editor, name, "overall" if number == 0 else f"batch:{number}", tuple(scores), cell=cell,
+                    editor,
+                    name,
+                    "overall" if number == 0 else f"batch:{number}",
+                    tuple(scores),
+                    cell=cell,
                     seconds=time.perf_counter() - started,
                 )  # fmt: skip
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.sites import sites_for
+from editors.sites import device_of, sites_for
 from editors.tokens import encode, target_ids
 
 PASS_TOKENS = 2048  # tokens in one forward
@@ -85,7 +85,7 @@ def _score_batch(
     model: PreTrainedModel, prompts: list[list[int]], targets: list[tuple[list[int], list[int]]]
 ) -> list[Answer]:
     """prompts: rows of equal length; targets: for each row its new and its true target."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     longer = [(row, which) for row, pair in enumerate(targets) for which in (0, 1) if len(pair[which]) > 1]
     out = model.base_model(input_ids=torch.tensor(prompts, device=device), use_cache=bool(longer))
     first = _log_softmax(model, out.last_hidden_state[:, -1])  # (rows, V)

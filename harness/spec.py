@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class RunSpec:
         for name in ("batch_size", "num_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
         for name in ("limit_stats", "negatives"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -130,11 +133,16 @@ def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
     _known("editor", editors, EDITORS)
     dataset = given.get("dataset", "counterfact" if paper else "facts")
     if dataset not in DATASETS and not Path(dataset).exists():
-        raise ValueError(f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}; or give the path of a file")
+        raise ValueError(
+            f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}; or give the path of a file"
+        )
     stats = given.get("stats", "wikipedia" if paper else "self")
     if stats not in CORPORA and not Path(stats).exists():
-        raise ValueError(f"unknown statistics corpus {stats!r}; known: {', '.join(CORPORA)}; or give a JSONL file")
+        raise ValueError(
+            f"unknown statistics corpus {stats!r}; known: {', '.join(CORPORA)}; or give a JSONL file"
+        )
     device = given.get("device") or default_device()
+    _check_device(device)
     return RunSpec(
         model=model,
         editors=editors,
@@ -170,6 +178,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; known: cpu, cuda, cuda:1 ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there; {torch.cuda.device_count()} GPUs are")
+
+
 @cache
 def hyperparameters() -> dict[str, dict[str, dict[str, Any]]]:
     """Model preset -> editor -> fields and source."""
@@ -201,7 +220,9 @@ def editor_settings(
             raise ValueError(f"--set {override!r} is not of the form EDITOR.FIELD=VALUE")
         _known("editor", (editor,), EDITORS)
         if editor not in settings:
-            raise ValueError(f"--set {override!r}: editor {editor!r} is not in this run: {', '.join(editors)}")
+            raise ValueError(
+                f"--set {override!r}: editor {editor!r} is not in this run: {', '.join(editors)}"
+            )
         settings[editor][field] = _parse(value, _field_type(editor, field), f"--set {override!r}")
     for editor in editors:
         kind = EDITORS[editor][0]
@@ -244,7 +265,10 @@ def _parse(text: str, kind: Any, where: str) -> Any:
             return _parse(text, next(a for a in get_args(kind) if a is not type(None)), where)
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError("it must be finite")
+        return value
     except (ValueError, KeyError) as error:
         name = getattr(kind, "__name__", str(kind))
         raise ValueError(f"{where}: {text!r} is not a {name} ({error})") from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.capture import inputs_of
-from editors.sites import Sites, sites_for
+from editors.sites import Sites, device_of, sites_for
 from harness.models import LoadedModel
 from harness.paths import cache_folder, read_lines, write_lines_gz, write_tensors
 
@@ -62,7 +63,9 @@ class Covariance:
     tokens: int
 
 
-def load_corpus(name: str, loaded: LoadedModel, *, limit: int | None, seed: int, progress: Progress) -> Corpus:
+def load_corpus(
+    name: str, loaded: LoadedModel, *, limit: int | None, seed: int, progress: Progress
+) -> Corpus:
     """A corpus by name (``self``, ``wikipedia``) or from a JSONL(.gz) with ``text``, in a seeded order.
 
     Raises ValueError for a file without texts, or if the hub cannot be reached.
@@ -72,14 +75,22 @@ def load_corpus(name: str, loaded: LoadedModel, *, limit: int | None, seed: int,
     elif name == "wikipedia":
         texts = _wikipedia(random.Random(1))
     else:
-        texts = []
-        for number, record in enumerate(read_lines(Path(name)), start=1):
-            if not isinstance(record.get("text"), str) or not record["text"].strip():
-                raise ValueError(f"statistics corpus {name!r}, record {number}: field 'text' is missing or empty")
-            texts.append(record["text"])
+        texts = read_texts(name)
         random.Random(seed).shuffle(texts)
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    return Corpus(name=name if name in ("self", "wikipedia") else Path(name).name, digest=digest, texts=tuple(texts))
+    return Corpus(
+        name=name if name in ("self", "wikipedia") else Path(name).name, digest=digest, texts=tuple(texts)
+    )
+
+
+def read_texts(path: str) -> list[str]:
+    """The texts of a JSONL(.gz) in file order; ValueError naming the record without one."""
+    texts: list[str] = []
+    for number, record in enumerate(read_lines(Path(path)), start=1):
+        if not isinstance(record.get("text"), str) or not record["text"].strip():
+            raise ValueError(f"statistics corpus {path!r}, record {number}: field 'text' is missing or empty")
+        texts.append(record["text"])
+    return texts
 
 
 def _wikipedia(generator: random.Random) -> list[str]:
@@ -111,9 +122,24 @@ def own_text(loaded: LoadedModel, *, tokens: int, seed: int, progress: Progress)
             return texts
     kept = cache_folder("samples") / f"{loaded.digest[:16]}-{seed}-{tokens}.jsonl.gz"
     if not kept.is_file():
-        texts = list(sample_texts(loaded.model, loaded.tokenizer, tokens=tokens, seed=seed, progress=progress))
+        texts = list(
+            sample_texts(loaded.model, loaded.tokenizer, tokens=tokens, seed=seed, progress=progress)
+        )
         write_lines_gz(kept, ({"text": text} for text in texts))
     return [record["text"] for record in read_lines(kept)]
+
+
+def _document_start(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id before a document's first token: <|endoftext|> where it is known, else BOS, else EOS."""
+    vocabulary = tokenizer.get_vocab()
+    if "<|endoftext|>" in vocabulary:
+        return int(vocabulary["<|endoftext|>"])
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if not isinstance(start, int):
+        raise ValueError(
+            "the tokenizer has neither BOS nor EOS to begin a text with; use another --stats corpus"
+        )
+    return start
 
 
 @torch.no_grad()
@@ -121,21 +147,20 @@ def sample_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int, progress: Progress
 ) -> Iterator[str]:
     """Texts a model writes from its start-of-document token on, sampled at temperature 1 without cuts."""
-    start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    if start is None or start == tokenizer.unk_token_id and tokenizer.unk_token != "<|endoftext|>":
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    device = model.get_input_embeddings().weight.device
+    start = _document_start(tokenizer)
+    device = device_of(model)
+    generate: Any = model.generate
     made = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         while made < tokens:
             ids = torch.full((SAMPLE_BATCH, 1), start, device=device)
-            out = model.generate(
+            out = generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
                 min_new_tokens=SAMPLE_LENGTH, max_new_tokens=SAMPLE_LENGTH, pad_token_id=start,
             )  # fmt: skip
             for row in out[:, 1:]:
-                text = tokenizer.decode(row, skip_special_tokens=True).strip()
+                text = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
                 if text:
                     made += len(tokenizer(text)["input_ids"])
                     yield text
@@ -160,7 +185,9 @@ def covariances(
         )
         for layer in layers
     }  # fmt: skip
-    found = {layer: read_covariance(identity) for layer, identity in identities.items() if identity.path.is_file()}
+    found = {
+        layer: read_covariance(identity) for layer, identity in identities.items() if identity.path.is_file()
+    }
     missing = [layer for layer in layers if layer not in found]
     if missing:
         gathered = gather_covariances(
@@ -185,13 +212,14 @@ def read_covariance(identity: Identity) -> Covariance:
     try:
         with safe_open(identity.path, framework="pt") as file:
             metadata, matrix = file.metadata() or {}, file.get_tensor("covariance")
+        written, tokens = json.loads(metadata["identity"]), int(metadata["tokens"])
     except Exception as error:
         raise ValueError(f"statistics file {identity.path} is broken ({error}); {remedy}") from None
-    if json.loads(metadata.get("identity", "null")) != asdict(identity):
-        raise ValueError(f"statistics file {identity.path} is of {metadata.get('identity')}; {remedy}")
+    if written != asdict(identity):
+        raise ValueError(f"statistics file {identity.path} is of {metadata['identity']}; {remedy}")
     if not torch.isfinite(matrix).all():
         raise ValueError(f"statistics file {identity.path} has entries that are not finite; {remedy}")
-    return Covariance(matrix=matrix, tokens=int(metadata["tokens"]))
+    return Covariance(matrix=matrix, tokens=tokens)
 
 
 class _Enough(Exception):
@@ -220,7 +248,7 @@ def gather_covariances(
     total = sum(len(row) for row in rows)
     if not total:
         raise ValueError("the statistics corpus has no tokens")
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     sums: dict[int, Tensor] = {}
     done = 0
     for part in _passes(rows):
@@ -235,7 +263,9 @@ def gather_covariances(
             sums[layer] = sums[layer] + square if layer in sums else square
         done += int(mask.sum())
         progress(done, total)
-    return {layer: Covariance(matrix=((s + s.T) / (2 * total)).cpu(), tokens=total) for layer, s in sums.items()}
+    return {
+        layer: Covariance(matrix=((s + s.T) / (2 * total)).cpu(), tokens=total) for layer, s in sums.items()
+    }
 
 
 def _token_rows(

