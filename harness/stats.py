@@ -102,8 +102,8 @@ def _wikipedia(generator: random.Random) -> list[str]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"statistics corpus wikipedia ({name}@{revision[:8]}) cannot be fetched: {reason} -- use --stats self "
-            "or the path of a JSONL with 'text'"
+            f"statistics corpus wikipedia ({name}@{revision[:8]}) cannot be fetched: {reason} -- use "
+            "--stats self or the path of a JSONL with 'text'"
         ) from None
     order = list(range(len(articles)))
     generator.shuffle(order)
@@ -129,6 +129,11 @@ def own_text(loaded: LoadedModel, *, tokens: int, seed: int, progress: Progress)
     return [record["text"] for record in read_lines(kept)]
 
 
+def context_length(model: PreTrainedModel) -> int:
+    """Most positions of a text, 8192 where the config says more or nothing."""
+    return min(getattr(model.config, "max_position_embeddings", 8192), 8192)
+
+
 def _document_start(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id before a document's first token: <|endoftext|> where it is known, else BOS, else EOS."""
     vocabulary = tokenizer.get_vocab()
@@ -150,6 +155,7 @@ def sample_texts(
     start = _document_start(tokenizer)
     device = device_of(model)
     generate: Any = model.generate
+    length = min(SAMPLE_LENGTH, context_length(model) - 1)
     made = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -157,7 +163,7 @@ def sample_texts(
             ids = torch.full((SAMPLE_BATCH, 1), start, device=device)
             out = generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                min_new_tokens=SAMPLE_LENGTH, max_new_tokens=SAMPLE_LENGTH, pad_token_id=start,
+                min_new_tokens=length, max_new_tokens=length, pad_token_id=start,
             )  # fmt: skip
             for row in out[:, 1:]:
                 text = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
@@ -177,7 +183,7 @@ def covariances(
     Raises ValueError if a stored file is not what its name says, or the corpus is too small.
     """
     sites = sites_for(loaded.model)
-    max_length = min(getattr(loaded.model.config, "max_position_embeddings", 8192), 8192)
+    max_length = context_length(loaded.model)
     identities = {
         layer: Identity(
             model=loaded.digest, parameter=sites.weight_name(layer), corpus=corpus.name,

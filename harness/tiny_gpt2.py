@@ -29,8 +29,8 @@ def build_tiny_gpt2(folder: Path, *, seed: int = 0) -> None:
     fast: Any = PreTrainedTokenizerFast
     fast(tokenizer_object=tokenizer, bos_token=END, eos_token=END).save_pretrained(folder)
     config = GPT2Config(
-        n_layer=4, n_head=4, n_embd=64, n_positions=128, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.15,
+        n_layer=4, n_head=4, n_embd=64, n_positions=128, vocab_size=VOCABULARY, bos_token_id=0,
+        eos_token_id=0, initializer_range=0.15,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

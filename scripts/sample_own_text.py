@@ -15,6 +15,7 @@ from harness.stats import SAMPLES, sample_texts
 
 
 def main() -> int:
+    """Sample, store, and print the path."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=120_000)
