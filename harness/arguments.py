@@ -62,4 +62,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         }
         if flag.many:
             options["nargs"] = "+"
+        if name == "set":  # given several times, all of them count
+            options["action"] = "extend"
         parser.add_argument(f"--{name.replace('_', '-')}", **options)

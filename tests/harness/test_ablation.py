@@ -1,0 +1,843 @@
+"""The command: what it refuses before a model is loaded, and the grid from end to end on a tiny model."""
+
+import gzip
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import harness.run
+from benchmarks.reference import counterfact_rates
+from benchmarks.tiny import tiny_model, tiny_records, tiny_texts, tiny_tokenizer
+from editors import EDITORS
+from harness import ablation
+from harness.deltas import delta_path, read_delta
+from harness.models import load_model, tensors_digest
+from harness.paths import read_lines
+from harness.scoring import Query, score
+from merging import MERGERS
+
+Row = dict[str, Any]
+Write = Callable[..., Path]
+
+
+class HashedWords:
+    """A deterministic stand-in for a sentence encoder: every word adds a fixed random direction."""
+
+    identity = "hashed words"
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        vectors = [sum(self.direction(word) for word in text.split()) for text in texts]
+        return torch.nn.functional.normalize(torch.stack(vectors), dim=1)
+
+    @staticmethod
+    def direction(word: str) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")
+        return torch.randn(32, generator=torch.Generator().manual_seed(seed))
+
+
+LAYERS = ["memit.layers=1,2", "alphaedit.layers=1,2"]
+SETTINGS = [
+    *LAYERS, "memit.steps=4", "memit.covariance_weight=1", "memit.clamp_norm_factor=4",
+    "alphaedit.steps=4", "alphaedit.nullspace_threshold=1", "alphaedit.ridge=0.1",
+    "alphaedit.clamp_norm_factor=4",
+]  # fmt: skip
+BATCHES, SIZE = 3, 2
+
+
+# -- what is refused ----------------------------------------------------------------------------------------
+
+
+def call(*arguments: str) -> int:
+    """The exit status, however the command ends."""
+    try:
+        return ablation.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(harness.run, "load_model", refuse)
+
+
+@pytest.fixture
+def files(tmp_path: Path, tiny_folder: Path, write_jsonl: Write) -> dict[str, str]:
+    """Good and bad files by name."""
+    write_jsonl(tiny_records(12), "good.jsonl")
+    write_jsonl([{"text": text} for text in tiny_texts(20)], "texts.jsonl")
+    write_jsonl([{"text": "fine"}, {"title": "no text"}], "no-text.jsonl")
+    write_jsonl([{**tiny_records(1)[0], "paraphrase_prompts": []}], "no-paraphrases.jsonl")
+    (tmp_path / "broken.jsonl").write_text('{"case_id": 1,\n')
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text('{"model_type": "no-such-thing"}')
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("precious")
+    (tmp_path / "broken-run").mkdir()
+    (tmp_path / "broken-run" / "run.json").write_text('{"spec": ')
+    (tmp_path / "odd-run").mkdir()
+    (tmp_path / "odd-run" / "run.json").write_text("[]")
+    (tmp_path / "odd.yaml").write_text("modell: gpt2\n")
+    found = {path.name: str(path) for path in tmp_path.iterdir()}
+    return found | {
+        "tiny": str(tiny_folder),
+        "out": str(tmp_path / "run"),
+        "missing": str(tmp_path / "missing"),
+    }
+
+
+def usual(files: dict[str, str], **changes: list[str]) -> list[str]:
+    """Arguments that are right; ``changes`` replace the values of flags."""
+    given = {
+        "model": [files["tiny"]], "dataset": [files["good.jsonl"]], "stats": [files["texts.jsonl"]],
+        "set": LAYERS, "batch_size": ["2"], "num_batches": ["2"], "device": ["cpu"], "out": [files["out"]],
+    } | changes  # fmt: skip
+    return [part for name, values in given.items() for part in (f"--{name.replace('_', '-')}", *values)]
+
+
+WRONG: list[tuple[str, list[str], list[str]]] = [  # flag, values ({name}: a file), what the line says
+    ("model", ["gpt3"], ["unknown model 'gpt3'", "gpt2-xl"]),
+    ("model", ["{folder}"], ["config.json"]),
+    ("model", ["{missing}"], ["unknown model"]),
+    ("model", ["{bert}"], ["unknown architecture 'bert'", "editors/sites.py"]),
+    ("model", ["{unknown}"], ["no-such-thing"]),
+    ("editors", ["memitt"], ["unknown editor 'memitt'", "alphaedit"]),
+    ("editors", [], ["--editors"]),
+    ("cells", ["baseline", "+RR"], ["unknown cell '+RR'", "+MM+R"]),
+    ("dataset", ["factz"], ["unknown dataset 'factz'", "facts"]),
+    ("dataset", ["{missing}"], ["unknown dataset"]),
+    ("dataset", ["{broken.jsonl}"], ["broken.jsonl', line 1"]),
+    ("dataset", ["{empty.jsonl}"], ["empty.jsonl' has no records"]),
+    ("dataset", ["{folder}"], ["cannot be read"]),
+    ("dataset", ["{no-paraphrases.jsonl}"], ["case 0", "paraphrase_prompts"]),
+    ("stats", ["wiki"], ["'wiki'", "wikipedia"]),
+    ("stats", ["{missing}"], ["missing"]),
+    ("stats", ["{no-text.jsonl}"], ["no-text.jsonl', record 2", "'text'"]),
+    ("stats", ["{broken.jsonl}"], ["broken.jsonl', line 1"]),
+    ("stats", ["{empty.jsonl}"], ["empty.jsonl' has no records"]),
+    ("limit_stats", ["0"], ["limit_stats is 0"]),
+    ("limit_stats", ["many"], ["--limit-stats", "'many'"]),
+    ("batch_size", ["0"], ["batch_size is 0"]),
+    ("batch_size", ["2.5"], ["--batch-size", "'2.5'"]),
+    ("batch_size", ["1000"], ["2000 edits asked", "12 usable records"]),
+    ("num_batches", ["-1"], ["num_batches is -1"]),
+    ("chain", ["shadows"], ["unknown chain 'shadows'", "merged"]),
+    ("merger", ["ties"], ["unknown merger 'ties'", "self-aware"]),
+    ("pruning_ratio", ["1.5"], ["pruning_ratio is 1.5"]),
+    ("pruning_ratio", ["half"], ["--pruning-ratio", "'half'"]),
+    ("pruning_ratio", ["0.5", "0.5"], ["pruning_ratio", "twice"]),
+    ("router", ["bert"], ["unknown router 'bert'", "topk"]),
+    ("top_k", ["0"], ["top_k is 0"]),
+    ("encoder", ["no such encoder"], ["'no such encoder'", "minilm"]),
+    ("encoder", ["openai:text-embedding-3-small"], ["OPENAI_API_KEY"]),
+    ("negatives", ["0"], ["negatives is 0"]),
+    ("select", ["last"], ["unknown selection 'last'", "random"]),
+    ("evaluate", ["sometimes"], ["'sometimes'", "final"]),
+    ("seed", ["-1"], ["seed is -1"]),
+    ("seed", ["x"], ["--seed", "'x'"]),
+    ("dtype", ["float8"], ["unknown dtype 'float8'", "bfloat16"]),
+    ("device", ["gpu"], ["unknown device 'gpu'", "cuda"]),
+    ("device", ["cuda:99"], ["'cuda:99'"]),
+    ("set", ["memit.layers=1"], ["alphaedit", "layers"]),
+    ("set", [*LAYERS, "memit.layers=1,99"], ["layers up to 99", "blocks 0 to 4"]),
+    ("set", [*LAYERS, "memit.nothing=1"], ["unknown field 'nothing' of memit", "steps"]),
+    ("set", [*LAYERS, "memit.steps=x"], ["memit.steps=x", "'x'"]),
+    ("set", [*LAYERS, "memit.steps=0"], ["memit: steps is 0"]),
+    ("set", [*LAYERS, "rome.steps=1"], ["unknown editor 'rome'"]),
+    ("set", [*LAYERS, "memit-seq.steps=1"], ["'memit-seq' is not in this run"]),
+    ("out", ["{good.jsonl}"], ["good.jsonl", "--out"]),
+    ("out", ["{good.jsonl}/run"], ["good.jsonl", "--out"]),
+    ("out", ["{notes}"], ["notes", "holds no run"]),
+    ("out", ["{broken-run}"], ["broken-run", "broken"]),
+    ("out", ["{odd-run}"], ["odd-run", "broken"]),
+    ("config", ["{missing}"], ["missing", "cannot be read"]),
+    ("config", ["{odd.yaml}"], ["odd.yaml", "unknown name 'modell'", "model"]),
+    ("nonsense", ["1"], ["--nonsense"]),
+]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("flag", "values", "reasons"), WRONG, ids=[f"{flag} {' '.join(values)}" for flag, values, _ in WRONG]
+)
+def test_what_is_wrong_is_one_line_before_a_model_is_loaded(
+    files: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    values: list[str],
+    reasons: list[str],
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in sorted(files, key=len, reverse=True):
+        values = [value.replace(f"{{{name}}}", files[name]) for value in values]
+    assert call(*usual(files, **{flag: values})) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.endswith("\n")
+    assert output.err.count("\n") == 1, output.err
+    assert all(reason in output.err for reason in reasons), output.err
+    assert not Path(files["out"]).exists()
+    assert (Path(files["notes"]) / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "extra", [["--resume", "--fresh"], ["--data", "/no/such/folder", "--dataset", "counterfact"]]
+)
+def test_other_wrong_combinations(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], extra: list[str]
+) -> None:
+    assert call(*usual(files), *extra) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model")
+def test_fresh_does_not_clear_what_is_no_run(files: dict[str, str]) -> None:
+    assert call(*usual(files, out=[files["notes"]]), "--fresh") == 2
+    assert (Path(files["notes"]) / "mine.txt").read_text() == "precious"
+
+
+def test_right_arguments_get_as_far_as_the_model(files: dict[str, str], no_model: None) -> None:
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        call(*usual(files))
+
+
+# -- the config file ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The specs that would be run, with what goes beside them; nothing is run."""
+    seen: list[Any] = []
+
+    def note(spec: Any, **kwargs: Any) -> int:
+        seen.append((spec, kwargs))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(harness.run, "run_grid", note)
+    return seen
+
+
+def config(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_config_file_says_what_flags_say(tmp_path: Path, resolved: list[Any]) -> None:
+    text = """
+    model: gpt2
+    editors: [memit-seq]
+    cells: [baseline, +MM]
+    batch-size: 3
+    num_batches: 4
+    pruning_ratio: [0.5, 1]
+    top-k: 3
+    seed: 7
+    device: cpu
+    encoder:
+    set: [memit-seq.steps=9, memit-seq.layers=2]
+    out: somewhere
+    data: elsewhere
+    """
+    assert call("--config", config(tmp_path, text)) == 2
+    ((spec, more),) = resolved
+    assert (spec.model, spec.editors, spec.cells) == ("gpt2", ("memit-seq",), ("baseline", "+MM"))
+    assert (spec.batch_size, spec.num_batches, spec.seed) == (3, 4, 7)
+    assert (spec.pruning_ratio, spec.top_k, spec.encoder) == ((0.5, 1.0), (3,), "minilm")
+    assert spec.settings["memit-seq"]["steps"] == 9
+    assert (more["out"], more["data"]) == (Path("somewhere"), "elsewhere")
+
+
+def test_flags_win_over_the_config_file(tmp_path: Path, resolved: list[Any]) -> None:
+    text = "seed: 7\nbatch_size: 3\neditors: memit\ndevice: cpu\nout: a\n"
+    text += "set: [memit.steps=9, memit.kl_factor=1]\n"
+    flags = ["--seed", "8", "--out", "b", "--set", "memit.steps=10"]
+    assert call("--config", config(tmp_path, text), *flags) == 2
+    ((spec, more),) = resolved
+    assert (spec.seed, spec.batch_size, spec.editors) == (8, 3, ("memit",))
+    assert spec.settings["memit"]["steps"] == 10
+    assert spec.settings["memit"]["kl_factor"] == 1.0
+    assert more["out"] == Path("b")
+
+
+def test_set_may_be_given_several_times(resolved: list[Any]) -> None:
+    call("--device", "cpu", "--set", "memit.steps=9", "--set", "alphaedit.steps=8", "memit.kl_factor=1")
+    settings = resolved[0][0].settings
+    assert (settings["memit"]["steps"], settings["alphaedit"]["steps"]) == (9, 8)
+    assert settings["memit"]["kl_factor"] == 1.0
+
+
+@pytest.mark.parametrize("text", ["set:\n", "seed:\n", "out:\n"])
+def test_a_name_without_a_value_is_as_if_absent(tmp_path: Path, resolved: list[Any], text: str) -> None:
+    call("--config", config(tmp_path, text), "--device", "cpu")
+    assert resolved[0][0].seed == 0
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("text", "reasons"),
+    [
+        ("batch_size: many", ["batch_size is 'many'", "int"]),
+        ("batch_size: 2.5", ["batch_size is 2.5", "int"]),
+        ("batch_size: true", ["batch_size is True", "int"]),
+        ("batch_size: [2, 3]", ["batch_size is [2, 3]", "one value"]),
+        ("seed: {a: 1}", ["seed is {'a': 1}"]),
+        ("pruning_ratio: [0.5, half]", ["pruning_ratio is [0.5, 'half']", "float"]),
+        ("editors: [memit, [alphaedit]]", ["editors"]),
+        ("editors: [memit, null]", ["editors"]),
+        ("editors: memitt", ["unknown editor 'memitt'"]),
+        ("out: [a, b]", ["out is ['a', 'b']", "one value"]),
+        ("config: other.yaml", ["unknown name 'config'"]),
+        ("fresh: true", ["unknown name 'fresh'"]),
+        ("- model", ["no mapping"]),
+        ("", ["no mapping"]),
+        ("model: [", ["cannot be read"]),
+        ("a: b: c", ["cannot be read"]),
+    ],
+)
+def test_a_wrong_config_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, reasons: list[str]
+) -> None:
+    assert call("--config", config(tmp_path, text), "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(reason in error for reason in [*reasons]), error
+
+
+# -- the grid, end to end -----------------------------------------------------------------------------------
+
+
+class Grid:
+    """A place with a model, data and an encoder, where the command can be run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = folder / "tiny"
+        tiny_model("gpt2").save_pretrained(self.model)
+        tiny_tokenizer(bos=True).save_pretrained(self.model)
+        self.write("records.jsonl", tiny_records(20))
+        self.write("texts.jsonl", [{"text": text} for text in tiny_texts(60)])
+
+    def write(self, name: str, rows: list[Row]) -> None:
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(self, out: Path, *more: str, editors: Sequence[str] = ("memit", "alphaedit")) -> int:
+        arguments = [
+            "--model", str(self.model), "--dataset", str(self.folder / "records.jsonl"),
+            "--stats", str(self.folder / "texts.jsonl"), "--device", "cpu", "--dtype", "float32",
+            "--batch-size", str(SIZE), "--num-batches", str(BATCHES), "--out", str(out),
+            "--editors", *editors, "--set", *(s for s in SETTINGS if s.split(".")[0] in editors), *more,
+        ]  # fmt: skip
+        return call(*arguments)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grid]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.run, "encoder", HashedWords)
+        yield Grid(tmp_path_factory.mktemp("grid"))
+
+
+MANY = ["--pruning-ratio", "0.85", "0.5", "--top-k", "2", "3"]
+
+
+@pytest.fixture(scope="module")
+def done(grid: Grid) -> Path:
+    """A finished run with several ratios and k; not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEQMMR_CACHE", str(grid.folder / "cache"))
+        assert grid.run(grid.folder / "done", *MANY) == 0
+    return grid.folder / "done"
+
+
+@pytest.fixture
+def copied(done: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(done, tmp_path / "run"))
+
+
+def records_of(out: Path) -> list[Row]:
+    return [record | {"seconds": 0} for record in read_lines(out / "records.jsonl")]
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """All that must not depend on when and where a run was made."""
+    found: dict[str, Any] = {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted((out / "deltas").rglob("*.safetensors"))
+    }
+    return found | {"cases": (out / "cases.jsonl.gz").read_bytes(), "records": records_of(out)}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    mine, theirs = contents(one), contents(other)
+    assert mine.keys() == theirs.keys()
+    differing = [name for name in mine if mine[name] != theirs[name]]
+    assert not differing
+
+
+def rows_by_weights(out: Path) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in read_lines(out / "cases.jsonl.gz"):
+        found.setdefault(row["weights"], []).append(row)
+    return found
+
+
+def test_the_folder_holds_what_the_contract_names(done: Path) -> None:
+    names = {path.name for path in done.iterdir()}
+    assert names >= {
+        "run.json",
+        "records.jsonl",
+        "cases.jsonl.gz",
+        "deltas",
+        "report.md",
+        "report.tex",
+        "report.html",
+    }
+    info = json.loads((done / "run.json").read_text())
+    assert info["status"] == "complete"
+    provenance = info["provenance"]
+    assert provenance.keys() >= {"commit", "dirty", "packages", "model", "dataset", "case_ids", "threads"}
+    assert len(provenance["case_ids"]) == BATCHES * SIZE
+    assert provenance["model"]["digest"]
+    assert provenance["dataset"]["digest"]
+    assert provenance["statistics"]["tokens"] > 0
+    assert info["timings"]
+    for editor in ("memit", "alphaedit"):
+        entry = info["per_editor"][editor]
+        assert entry["edit_seconds_per_edit"] > 0
+        assert entry["inference_seconds_per_sample"] > 0
+        assert entry["peak_memory_bytes"] > 0
+        assert sorted(path.name for path in (done / "deltas" / editor).iterdir()) == [
+            f"batch-{batch:04d}.safetensors" for batch in range(1, BATCHES + 1)
+        ]
+    assert info["spec"]["settings"]["memit"]["steps"] == 4
+    assert not [path for path in done.rglob("*") if path.name.endswith((".part", ".tmp"))]
+
+
+def test_records_have_the_fields_of_the_contract(done: Path) -> None:
+    records = records_of(done)
+    run_id = json.loads((done / "run.json").read_text())["run_id"]
+    for record in records:
+        assert record.keys() == {
+            "schema_version", "run_id", "model", "dataset", "editor", "cell", "chain", "pruning_ratio",
+            "top_k", "encoder", "seed", "edits_applied", "slice", "scores", "seconds", "error", "spec",
+            "provenance",
+        }  # fmt: skip
+        assert (record["schema_version"], record["run_id"], record["error"]) == (1, run_id, None)
+        assert record["edits_applied"] == (0 if record["editor"] == "none" else BATCHES * SIZE)
+        assert (
+            (record["pruning_ratio"] is not None) == ("MM" in record["cell"]) == (record["chain"] is not None)
+        )
+        assert (
+            (record["top_k"] is not None) == record["cell"].endswith("R") == (record["encoder"] is not None)
+        )
+        names = {score["metric"] for score in record["scores"]}
+        assert names >= {"efficacy", "generalization", "locality", "score", "efficacy_argmax"}
+        assert ("route_rewrite" in names) == record["cell"].endswith("R")
+        for found in record["scores"]:
+            assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+            assert found["n"] > 0
+            assert ("difference" in found) == (
+                record["cell"] not in ("unedited", "baseline") and not found["metric"].startswith("route_")
+            )
+    slices = ["overall", *(f"batch:{k}" for k in range(1, BATCHES + 1))]
+    cells = [("unedited", None, None)]
+    editor = [
+        ("baseline", None, None),
+        ("+MM", 0.85, None),
+        ("+MM", 0.5, None),
+        ("+R", None, 2),
+        ("+R", None, 3),
+    ]
+    editor += [("+MM+R", ratio, k) for ratio in (0.85, 0.5) for k in (2, 3)]
+    wanted = [("none", *cell, s) for cell in cells for s in slices]
+    wanted += [(name, *cell, s) for name in ("memit", "alphaedit") for cell in editor for s in slices]
+    assert [
+        tuple(record[name] for name in ("editor", "cell", "pruning_ratio", "top_k", "slice"))
+        for record in records
+    ] == wanted
+
+
+def test_cases_have_the_fields_of_the_contract(done: Path) -> None:
+    found = rows_by_weights(done)
+    assert set(found) == {
+        "unedited", *(f"{e}{mark}" for e in ("memit", "alphaedit") for mark in ("", "+MM", "+MM@0.5")),
+    }  # fmt: skip
+    keys = [
+        (row["case_id"], row["kind"], row["index"], row["prompt"], row["batch"]) for row in found["unedited"]
+    ]
+    assert len(set(keys)) == len(keys) == BATCHES * SIZE * (1 + 2 + 3)
+    case_ids = json.loads((done / "run.json").read_text())["provenance"]["case_ids"]
+    for weights, rows in found.items():
+        assert [(r["case_id"], r["kind"], r["index"], r["prompt"], r["batch"]) for r in rows] == keys
+        for row in rows:
+            assert row["batch"] == case_ids.index(row["case_id"]) // SIZE + 1
+            assert row["edits_applied"] == (0 if weights == "unedited" else BATCHES * SIZE)
+            assert ("route" in row) == ("routes" in row) == ("route_score" in row) == (weights != "unedited")
+            if weights != "unedited":
+                assert row["route"] in ("edited", "unedited")
+                assert (row["route"] == "edited") == (row["route_score"] >= 0)
+                assert set(row["routes"]) == {"2", "3"}
+                assert row["routes"]["2"] == row["route"]
+    assert found["memit"] != found["unedited"]
+    routes = {row["route"] for row in found["memit"]}
+    assert routes == {"edited", "unedited"}, "the encoder of this test sends everything one way"
+
+
+def recomputed(out: Path, record: Row) -> dict[str, float]:
+    """A record's rates and routing shares from cases.jsonl.gz alone."""
+    found = rows_by_weights(out)
+    unedited = {(row["case_id"], row["kind"], row["index"]): row for row in found["unedited"]}
+    weights = "unedited" if record["editor"] == "none" else record["editor"]
+    if record["pruning_ratio"] is not None:
+        weights += "+MM" if record["pruning_ratio"] == 0.85 else "+MM@0.5"
+    records: dict[Any, list[Row]] = {}
+    shares: dict[str, dict[Any, list[bool]]] = {}
+    for row in found[weights]:
+        if record["slice"] not in ("overall", f"batch:{row['batch']}"):
+            continue
+        shown = row
+        if record["top_k"] is not None:
+            edited = row["routes"][str(record["top_k"])] == "edited"
+            shares.setdefault(f"route_{row['kind']}", {}).setdefault(row["case_id"], []).append(edited)
+            shown = row if edited else unedited[row["case_id"], row["kind"], row["index"]]
+        records.setdefault(row["case_id"], []).append(shown)
+    rates = counterfact_rates(list(records.values()))
+    return rates | {
+        name: sum(sum(s) / len(s) for s in by_case.values()) / len(by_case)
+        for name, by_case in shares.items()
+    }
+
+
+def test_every_figure_follows_from_the_cases_alone(done: Path) -> None:
+    for record in records_of(done):
+        wanted = recomputed(done, record)
+        values = {found["metric"]: found["value"] for found in record["scores"]}
+        assert values.keys() == wanted.keys()
+        for metric, value in wanted.items():
+            assert values[metric] == pytest.approx(value, abs=1e-12), (
+                record["cell"],
+                record["slice"],
+                metric,
+            )
+
+
+def test_differences_are_to_the_editors_own_baseline(done: Path) -> None:
+    records = records_of(done)
+    base = {
+        (r["editor"], r["slice"], s["metric"]): s["value"]
+        for r in records if r["cell"] == "baseline" for s in r["scores"]
+    }  # fmt: skip
+    for record in records:
+        for found in record["scores"]:
+            if "difference" in found:
+                before = base[record["editor"], record["slice"], found["metric"]]
+                assert found["difference"] == pytest.approx(found["value"] - before, abs=1e-12)
+                assert found["difference_low"] <= found["difference"] <= found["difference_high"]
+
+
+def test_deltas_add_up_to_the_weights_that_were_scored(grid: Grid, done: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(grid.model)
+    names = [f"transformer.h.{layer}.mlp.c_proj.weight" for layer in (1, 2)]
+    case_ids = json.loads((done / "run.json").read_text())["provenance"]["case_ids"]
+    from safetensors import safe_open
+
+    for editor in ("memit", "alphaedit"):
+        weights = {name: model.get_parameter(name).detach().clone() for name in names}
+        for batch in range(1, BATCHES + 1):
+            path = delta_path(done, editor, batch)
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+            assert json.loads(metadata["case_ids"]) == case_ids[(batch - 1) * SIZE : batch * SIZE]
+            assert metadata["digest_before"] == tensors_digest(weights)
+            delta = read_delta(path)
+            assert set(delta) == set(names)
+            weights = {name: weights[name] + change for name, change in delta.items()}
+            assert metadata["digest_after"] == tensors_digest(weights)
+        edited = AutoModelForCausalLM.from_pretrained(grid.model)
+        edited.load_state_dict(weights, strict=False)
+        rows = rows_by_weights(done)[editor]
+        targets = {
+            r["case_id"]: [r["requested_rewrite"][f"target_{which}"]["str"] for which in ("new", "true")]
+            for r in read_lines(grid.folder / "records.jsonl")
+        }
+        answers = score(
+            edited, tiny_tokenizer(bos=True), [Query(row["prompt"], *targets[row["case_id"]]) for row in rows]
+        )
+        for row, answer in zip(rows, answers, strict=True):
+            assert row["nll_new"] == pytest.approx(answer.new.nll, abs=1e-4)
+            assert row["sum_nll_true"] == pytest.approx(answer.true.sum_nll, abs=1e-4)
+
+
+def test_the_same_command_gives_the_same_bytes(grid: Grid, done: Path, tmp_path: Path) -> None:
+    """In another folder, with empty caches."""
+    assert grid.run(tmp_path / "again", *MANY) == 0
+    assert_same(tmp_path / "again", done)
+
+
+def test_a_finished_run_is_not_computed_again(
+    grid: Grid, done: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(harness.run, "score", refuse)
+    for name in ("memit", "alphaedit"):
+        monkeypatch.setitem(EDITORS, name, (EDITORS[name][0], refuse))
+    assert grid.run(copied, *MANY) == 0
+    assert_same(copied, done)
+    output = capsys.readouterr().out
+    assert "Efficacy" in output
+    assert str(copied) in output
+
+
+def remove(out: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        found = list(out.glob(pattern))
+        assert found, pattern
+        for path in found:
+            path.unlink()
+
+
+LATER = ("scores/memit*", "scores/alphaedit*", "cases.jsonl.gz", "records.jsonl", "report.*")
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        LATER,
+        (*LATER, "deltas/*/batch-0003.safetensors"),
+        (*LATER, "deltas/*/batch-000[23].safetensors"),  # the state is then ahead of the deltas
+        (*LATER, "deltas/*/batch-000[123].safetensors"),
+        (*LATER, "deltas/alphaedit/batch-0002.safetensors"),
+    ],
+    ids=["scores", "last batch", "two batches", "all batches", "a gap"],
+)
+def test_what_is_missing_is_made_again_with_the_same_bytes(
+    grid: Grid, done: Path, copied: Path, gone: tuple[str, ...]
+) -> None:
+    remove(copied, *gone)
+    assert grid.run(copied, *MANY) == 0
+    assert_same(copied, done)
+
+
+@pytest.mark.parametrize(
+    ("function", "at"),
+    [("write_delta", 2), ("write_state", 2), ("write_state", 3), ("write_lines_gz", 4)],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    grid: Grid, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, at: int
+) -> None:
+    calls = [0]
+    plain = getattr(harness.run, function)
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.run, function, stop)
+        assert grid.run(tmp_path / "run", *MANY) == 130
+    assert grid.run(tmp_path / "run", *MANY) == 0
+    assert_same(tmp_path / "run", done)
+
+
+def test_another_spec_in_the_same_folder_is_refused_with_the_differences(
+    grid: Grid, done: Path, copied: Path, no_model: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert grid.run(copied, *MANY, "--seed", "5", "--chain", "merged") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "seed: 0 there, 5 now" in error
+    assert "chain: 'shadow' there, 'merged' now" in error
+    assert "--fresh" in error
+    assert_same(copied, done)
+
+
+def test_fresh_begins_anew(grid: Grid, done: Path, copied: Path) -> None:
+    (copied / "mine.txt").write_text("kept")
+    assert grid.run(copied, "--cells", "baseline", "--fresh", editors=["memit"]) == 0
+    assert {record["cell"] for record in records_of(copied)} == {"unedited", "baseline"}
+    assert not (copied / "deltas" / "alphaedit").exists()
+    assert set(rows_by_weights(copied)) == {"unedited", "memit"}
+    assert not any("route" in row for row in rows_by_weights(copied)["memit"])
+    assert (copied / "mine.txt").read_text() == "kept"
+
+
+def test_changed_records_are_another_run(
+    grid: Grid, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = grid.folder / "records.jsonl"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace(' is"', ' was"', 1))
+        assert grid.run(copied, *MANY) == 2
+        assert "data_digest" in capsys.readouterr().err
+    finally:
+        path.write_text(before)
+
+
+def test_changed_weights_are_another_run(
+    grid: Grid, done: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other(*args: Any, **kwargs: Any) -> Any:
+        loaded = load_model(*args, **kwargs)
+        return type(loaded)(**{**vars(loaded), "digest": "another"})
+
+    monkeypatch.setattr(harness.run, "load_model", other)
+    assert grid.run(copied, *MANY) == 2
+    assert "other weights" in capsys.readouterr().err
+    assert_same(copied, done)
+
+
+@pytest.mark.parametrize("chain", ["shadow", "merged"])
+def test_merging_that_prunes_nothing_is_the_baseline(
+    grid: Grid, done: Path, tmp_path: Path, chain: str
+) -> None:
+    out = tmp_path / "run"
+    assert grid.run(out, "--chain", chain, "--pruning-ratio", "0") == 0
+    found: dict[tuple[str, ...], Any] = {}
+    for record in records_of(out):
+        scores = [
+            {name: value for name, value in s.items() if not name.startswith("difference")}
+            for s in record["scores"]
+        ]
+        found[record["editor"], record["cell"], record["slice"]] = scores
+    for editor in ("memit", "alphaedit"):
+        for part in ("overall", "batch:1", "batch:2", "batch:3"):
+            assert found[editor, "+MM", part] == found[editor, "baseline", part]
+            assert found[editor, "+MM+R", part] == found[editor, "+R", part]
+    for editor in ("memit", "alphaedit"):
+        rows = rows_by_weights(out)
+        assert [row["nll_new"] for row in rows[f"{editor}+MM"]] == [row["nll_new"] for row in rows[editor]]
+    assert (out / "deltas" / "memit+MM").is_dir() == (chain == "merged")
+    baseline = [r for r in records_of(done) if r["cell"] == "baseline" and r["slice"] == "overall"]
+    same = [r for r in records_of(out) if r["cell"] == "baseline" and r["slice"] == "overall"]
+    assert [r["scores"] for r in same] == [r["scores"] for r in baseline]
+
+
+def test_the_merged_chain_edits_what_it_merged(grid: Grid, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert grid.run(out, "--chain", "merged", "--cells", "+MM", "+MM+R", *MANY) == 0
+    folders = {path.name for path in (out / "deltas").iterdir()}
+    assert folders == {f"{editor}+MM{mark}" for editor in ("memit", "alphaedit") for mark in ("", "@0.5")}
+    model = AutoModelForCausalLM.from_pretrained(grid.model)
+    config, kind = MERGERS["self-aware"]
+    from safetensors import safe_open
+
+    for chain, ratio in (("memit+MM", 0.85), ("alphaedit+MM@0.5", 0.5)):
+        delta = read_delta(delta_path(out, chain, 1))
+        weights = {name: model.get_parameter(name).detach().clone() for name in delta}
+        for batch in range(1, BATCHES + 1):
+            with safe_open(delta_path(out, chain, batch), framework="pt") as file:
+                metadata = file.metadata()
+            assert metadata["digest_before"] == tensors_digest(weights)
+            weights = kind(config(pruning_ratio=ratio)).merge(
+                weights, [read_delta(delta_path(out, chain, batch))]
+            )
+            assert metadata["digest_after"] == tensors_digest(weights)
+    remove(out, "deltas/*/batch-0003.safetensors", "scores/memit*", "scores/alphaedit*")
+    before = {p: p.read_bytes() for p in (out / "deltas").rglob("*.safetensors")} | {
+        p: p.read_bytes() for p in [out / "cases.jsonl.gz"]
+    }
+    assert grid.run(out, "--chain", "merged", "--cells", "+MM", "+MM+R", *MANY) == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("kind", [FloatingPointError, KeyError])
+def test_an_editor_that_fails_is_recorded_and_the_rest_goes_on(
+    grid: Grid, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    class Broken:
+        def __init__(self, _: Any) -> None:
+            pass
+
+        def start(self, *_: Any, **__: Any) -> None:
+            raise kind("the update\nis not finite")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setitem(EDITORS, "memit", (EDITORS["memit"][0], Broken))
+        assert grid.run(out, *MANY) == 1
+    records = records_of(out)
+    broken = [record for record in records if record["editor"] == "memit"]
+    assert {record["cell"] for record in broken} == {"baseline", "+MM", "+R", "+MM+R"}
+    for record in broken:
+        assert "is not finite" in record["error"]
+        assert kind.__name__ in record["error"]
+        assert "\n" not in record["error"]
+        assert record["scores"] == []
+    whole = records_of(done)
+    for editor in ("none", "alphaedit"):
+        assert [r for r in records if r["editor"] == editor] == [r for r in whole if r["editor"] == editor]
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    assert (out / "report.md").is_file()
+    assert grid.run(out, *MANY) == 0  # and the next time it is done after all
+    assert_same(out, done)
+
+
+def test_an_editor_that_fails_midway_leaves_the_next_one_a_clean_model(
+    grid: Grid, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = harness.run.write_delta
+
+    def fail(path: Path, *args: Any, editor: str, **kwargs: Any) -> None:
+        if editor == "memit" and path.name == "batch-0002.safetensors":
+            raise OSError("disk full")
+        plain(path, *args, editor=editor, **kwargs)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.run, "write_delta", fail)
+        assert grid.run(out, *MANY) == 1
+    found = [r for r in records_of(out) if r["editor"] == "alphaedit"]
+    assert found == [r for r in records_of(done) if r["editor"] == "alphaedit"]
+    assert grid.run(out, *MANY) == 0
+    assert_same(out, done)
+
+
+def test_fewer_unrelated_prompts_are_said_in_the_report(grid: Grid, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert grid.run(out, "--cells", "+R", "--negatives", "50", editors=["memit"]) == 0
+    info = json.loads((out / "run.json").read_text())
+    assert len(info["provenance"]["negative_ids"]) == 20 - BATCHES * SIZE
+    assert not set(info["provenance"]["negative_ids"]) & set(info["provenance"]["case_ids"])
+    assert "14 unrelated prompts instead of 50" in " ".join(info["notes"])
+    assert "14 unrelated prompts instead of 50" in (out / "report.md").read_text()
+
+
+def test_half_precision_models_run_and_agree_with_themselves(grid: Grid, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        cells = ("--cells", "baseline", "+MM")
+        assert grid.run(tmp_path / name, "--dtype", "bfloat16", *cells, editors=["memit"]) == 0
+    assert_same(tmp_path / "one", tmp_path / "two")
+    rows = rows_by_weights(tmp_path / "one")
+    assert [row["nll_new"] for row in rows["memit"]] != [row["nll_new"] for row in rows["unedited"]]
+    delta = read_delta(delta_path(tmp_path / "one", "memit", 1))
+    assert {tensor.dtype for tensor in delta.values()} == {torch.float32}
+
+
+def test_cases_are_packed_without_a_time(done: Path) -> None:
+    content = (done / "cases.jsonl.gz").read_bytes()
+    assert content[4:8] == b"\0\0\0\0"
+    assert gzip.decompress(content).endswith(b"}\n")
