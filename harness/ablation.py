@@ -116,7 +116,10 @@ def _checked(name: str, value: Any, path: str) -> Any:
 def _folder(model: str, dataset: str) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     name = "-".join(Path(part).name.removesuffix(".gz").removesuffix(".jsonl") for part in (model, dataset))
-    return RUNS / f"{stamp}-{name}"
+    folder, number = RUNS / f"{stamp}-{name}", 2
+    while folder.exists():
+        folder, number = RUNS / f"{stamp}-{name}-{number}", number + 1
+    return folder
 
 
 def _quiet() -> None:

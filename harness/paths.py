@@ -108,13 +108,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"file {str(path)!r} cannot be read: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"file {str(path)!r} is not UTF-8: {error}") from None
+    records: list[dict[str, Any]] = []
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"file {str(path)!r} is not JSON: {error}") from None
     else:
-        records = []
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:

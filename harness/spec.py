@@ -168,7 +168,7 @@ def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
     )
 
 
-DEFAULT_TOKENS = 60_000  # of a corpus other than Wikipedia; docs/statistics.md shows what fewer do
+DEFAULT_TOKENS = 30_000  # of a corpus other than Wikipedia; docs/statistics.md shows why
 
 
 def default_device() -> str:

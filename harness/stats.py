@@ -42,6 +42,7 @@ class Identity:
     """What a stored second moment depends on."""
 
     model: str  # digest of the unedited weights
+    tokenizer: str  # digest
     parameter: str
     corpus: str
     corpus_digest: str
@@ -120,7 +121,8 @@ def own_text(loaded: LoadedModel, *, tokens: int, seed: int, progress: Progress)
         texts = [record["text"] for record in read_lines(shipped)]
         if sum(len(loaded.tokenizer(text)["input_ids"]) for text in texts) >= tokens:
             return texts
-    kept = cache_folder("samples") / f"{loaded.digest[:16]}-{seed}-{tokens}.jsonl.gz"
+    name = f"{loaded.digest[:16]}-{loaded.tokenizer_digest[:8]}-{seed}-{tokens}.jsonl.gz"
+    kept = cache_folder("samples") / name
     if not kept.is_file():
         texts = list(
             sample_texts(loaded.model, loaded.tokenizer, tokens=tokens, seed=seed, progress=progress)
@@ -160,6 +162,7 @@ def sample_texts(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         while made < tokens:
+            before = made
             ids = torch.full((SAMPLE_BATCH, 1), start, device=device)
             out = generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
@@ -173,6 +176,8 @@ def sample_texts(
                 if made >= tokens:
                     return
             progress(min(made, tokens), tokens)
+            if made == before:
+                raise ValueError("the model writes empty texts only; use another --stats corpus")
 
 
 def covariances(
@@ -186,7 +191,8 @@ def covariances(
     max_length = context_length(loaded.model)
     identities = {
         layer: Identity(
-            model=loaded.digest, parameter=sites.weight_name(layer), corpus=corpus.name,
+            model=loaded.digest, tokenizer=loaded.tokenizer_digest,
+            parameter=sites.weight_name(layer), corpus=corpus.name,
             corpus_digest=corpus.digest, limit=limit, max_length=max_length, dtype=str(loaded.model.dtype),
         )
         for layer in layers

@@ -1,4 +1,4 @@
-"""How much the covariance corpus and its size matter: 100 CounterFact edits in one batch, scored anew for each.
+"""How much the covariance corpus and its size matter: 100 CounterFact edits scored for each.
 
     SEQMMR_DATA=DIR python scripts/statistics_study.py --corpus FILE.jsonl.gz
 

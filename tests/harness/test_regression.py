@@ -33,7 +33,9 @@ def test_as_committed(off: Any) -> None:
 
 
 def test_lambda_times_ten_is_noticed(off: Any) -> None:
-    settings = [s.replace("covariance_weight=100", "covariance_weight=1000") for s in regression.SETTINGS[TINY]["set"]]
+    settings = [
+        s.replace("covariance_weight=100", "covariance_weight=1000") for s in regression.SETTINGS[TINY]["set"]
+    ]
     found = off(set=settings)
     assert any(name.startswith("memit ") for name in found)
     assert not any(name.startswith("alphaedit ") for name in found)
@@ -52,7 +54,10 @@ def test_swapped_routes_are_noticed(off: Any, monkeypatch: pytest.MonkeyPatch) -
 
     def swapped(self: TopK, texts: Any, ks: Any) -> Any:
         return {
-            k: [Decision(expert=None if d.expert else "edited", score=-d.score, nearest=d.nearest) for d in made]
+            k: [
+                Decision(expert=None if d.expert else "edited", score=-d.score, nearest=d.nearest)
+                for d in made
+            ]
             for k, made in right(self, texts, ks).items()
         }
 

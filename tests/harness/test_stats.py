@@ -17,7 +17,7 @@ from benchmarks import reference
 from benchmarks.tiny import MODEL_TYPES, tiny_model, tiny_texts, tiny_tokenizer
 from editors.sites import sites_for
 from harness import stats
-from harness.models import LoadedModel, edit_in_float32, weights_digest
+from harness.models import LoadedModel, edit_in_float32, tokenizer_digest, weights_digest
 from harness.stats import (
     Corpus,
     Covariance,
@@ -42,12 +42,14 @@ def quiet(done: int, total: int) -> None:
 
 def loaded_model(model_type: str = "gpt2", *, bos: bool = True, **kwargs: Any) -> LoadedModel:
     model = tiny_model(model_type, **kwargs)
+    tokenizer = tiny_tokenizer(bos=bos)
     return LoadedModel(
         model=model,
-        tokenizer=tiny_tokenizer(bos=bos),
+        tokenizer=tokenizer,
         name=model_type,
         revision=None,
         digest=weights_digest(model),
+        tokenizer_digest=tokenizer_digest(tokenizer),
     )
 
 
@@ -164,7 +166,7 @@ def test_half_precision_keys_are_summed_in_float32_or_better(edited_in_float32: 
 
 def identity(**changes: Any) -> Identity:
     fields: dict[str, Any] = {
-        "model": "abc", "parameter": "h.1.weight", "corpus": "self", "corpus_digest": "d", "limit": 100,
+        "model": "abc", "tokenizer": "t", "parameter": "h.1.weight", "corpus": "self", "corpus_digest": "d", "limit": 100,
         "max_length": 64, "dtype": "torch.float32",
     }  # fmt: skip
     return Identity(**fields | changes)

@@ -1,0 +1,190 @@
+"""The run folder: what identifies a run, what is in it, and how its files are written."""
+
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+import torch
+
+from harness.data import Dataset, Selection
+from harness.models import MODELS
+from harness.paths import write_atomically, write_json
+from harness.spec import RunSpec, hyperparameter_source
+from reports.record import SCHEMA_VERSION, Record
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "sentence-transformers")
+FOLDERS = ("deltas", "state", "scores")
+FILES = ("run.json", "records.jsonl", "cases.jsonl.gz", "report.md", "report.tex", "report.html")
+
+
+class SpecMismatchError(ValueError):
+    """A run folder holds a run of another spec, other data or other weights."""
+
+
+class RunFolder:
+    """A folder with its run.json as data; ``note`` keeps both equal."""
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path, self.info = path, info
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        spec: RunSpec,
+        *,
+        inputs: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        fresh: bool,
+    ) -> "RunFolder":
+        """Create a folder, or continue one of the same spec and inputs (``fresh``: begin it anew).
+
+        inputs: digests of what the spec only names. Raises ValueError in one line if the folder holds
+        anything else, naming the differences, or cannot be written.
+        """
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file, not a folder; give another --out")
+        plain = spec.as_json() | dict(inputs)
+        info: dict[str, Any] = {}
+        if (path / "run.json").is_file() and not fresh:
+            info = _same_run(path / "run.json", plain)
+        elif path.exists() and any(path.iterdir()):
+            if not (path / "run.json").is_file():
+                raise ValueError(f"folder {path} is not empty and holds no run; give another --out")
+            _clear(path)
+        kept = {
+            name: info["provenance"][name]
+            for name in ("model", "statistics")
+            if name in info.get("provenance", {})
+        }
+        info |= {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": spec.digest(),
+            "status": "running",
+            "spec": plain,
+            "model_note": MODELS[spec.model].note if spec.model in MODELS else None,
+            "provenance": {**provenance, **kept},
+        }
+        info.setdefault("timings", {})
+        info.setdefault("per_editor", {})
+        folder = cls(path, info)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder.note()
+        except OSError as error:
+            raise ValueError(
+                f"folder {path} cannot be written: {error.strerror}; give another --out"
+            ) from None
+        return folder
+
+    def note(self, **more: Any) -> None:
+        """Take up further fields and write run.json."""
+        self.info |= more
+        write_json(self.path / "run.json", self.info)
+
+    def same(self, name: str, value: Any) -> None:
+        """Note a field of the provenance; SpecMismatchError if the folder was made with another value."""
+        known = self.info["provenance"].setdefault(name, value)
+        if known != value:
+            raise SpecMismatchError(
+                f"folder {self.path} was made with another {name} ({known} there, {value} now); "
+                "give another --out, or --fresh to begin anew"
+            )
+        self.note()
+
+    def write_records(self, editor: str, records: Iterable[Record], order: Sequence[str]) -> None:
+        """Replace an editor's lines in records.jsonl; editors stand in the order given."""
+        path = self.path / "records.jsonl"
+        lines: list[dict[str, Any]] = []
+        if path.is_file():
+            with jsonlines.open(path) as reader:
+                lines = [line for line in reader if line["editor"] != editor]
+        lines += [record.to_json() for record in records]
+        lines.sort(key=lambda line: order.index(line["editor"]))
+
+        def write(temporary: Path) -> None:
+            with jsonlines.open(temporary, "w") as writer:
+                writer.write_all(lines)
+
+        write_atomically(path, write)
+
+
+def _same_run(path: Path, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A run.json as data, if its spec is this one."""
+    try:
+        info: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        then = dict(info["spec"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is broken; give another --out, or --fresh to begin anew") from None
+    differ = [
+        f"{name}: {then.get(name)!r} there, {plain.get(name)!r} now"
+        for name in sorted(then.keys() | plain.keys())
+        if then.get(name) != plain.get(name)
+    ]
+    if differ:
+        raise SpecMismatchError(
+            f"folder {path.parent} holds a run of another spec ({'; '.join(differ)}); "
+            "give another --out, or --fresh to begin anew"
+        )
+    return info
+
+
+def _clear(folder: Path) -> None:
+    """Remove a run's own files; anything else in the folder is left."""
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def provenance(spec: RunSpec, dataset: Dataset, selection: Selection, encoder: str | None) -> dict[str, Any]:
+    """Everything a figure depends on besides the spec.
+
+    encoder: its identity, None where nothing is routed.
+    """
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name() if spec.device.startswith("cuda") else None
+    return {
+        **_commit(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": {"processor": platform.machine(), "system": platform.system(), "gpu": gpu},
+        "threads": torch.get_num_threads(),
+        "dataset": {
+            "name": dataset.name,
+            "source": dataset.source,
+            "digest": dataset.digest,
+            "dropped": dict(dataset.dropped),
+        },
+        "encoder": encoder,
+        "case_ids": [case.case_id for case in selection.cases],
+        "negative_ids": [case.case_id for case in selection.negatives],
+        "hyperparameter_sources": {name: hyperparameter_source(spec.model, name) for name in spec.editors},
+    }
+
+
+def _commit() -> dict[str, Any]:
+    """The project's commit and whether the tree differs from it; None outside a checkout."""
+    root = Path(__file__).parent.parent
+
+    def git(*args: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
