@@ -166,8 +166,8 @@ def test_half_precision_keys_are_summed_in_float32_or_better(edited_in_float32: 
 
 def identity(**changes: Any) -> Identity:
     fields: dict[str, Any] = {
-        "model": "abc", "tokenizer": "t", "parameter": "h.1.weight", "corpus": "self", "corpus_digest": "d", "limit": 100,
-        "max_length": 64, "dtype": "torch.float32",
+        "model": "abc", "tokenizer": "t", "parameter": "h.1.weight", "corpus": "self",
+        "corpus_digest": "d", "limit": 100, "max_length": 64, "dtype": "torch.float32",
     }  # fmt: skip
     return Identity(**fields | changes)
 
