@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.sites import device_of
 
@@ -38,22 +38,17 @@ def sample_contexts(
     sampled: list[str] = []
     device = device_of(model)
     generate: Any = model.generate
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]  # none of the model's own: they may penalise repetition or cut
+        do_sample=True, top_k=5, top_p=1.0, temperature=1.0, repetition_penalty=1.0,
+        max_length=LENGTH, min_length=LENGTH,
+        eos_token_id=model.generation_config.eos_token_id, pad_token_id=tokenizer.pad_token_id or 0,
+    )  # fmt: skip
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         for start in starts:
             ids = tokenizer(start, return_tensors="pt")["input_ids"].to(device)
-            out = generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=5,
-                top_p=1.0,
-                temperature=1.0,
-                max_length=LENGTH,
-                min_length=LENGTH,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-            )
+            out = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
             text = str(tokenizer.decode(out[0], skip_special_tokens=True))
             sampled.append(text.replace("{", " ").replace("}", " ") + ". {}")
     return Contexts(((BARE,), tuple(sampled)))

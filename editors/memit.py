@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,8 +50,8 @@ class MemitStream(ClosedFormStream):
 
     def _factor(self, layer: int, keys: Tensor) -> Tensor:
         if layer not in self._factors:
-            covariance = self.covariance(layer).to(keys.device).double()
-            self._factors[layer] = cholesky(self.config.covariance_weight * covariance)
+            weighted = self.covariance(layer).to(keys.device, torch.float64, copy=True)
+            self._factors[layer] = cholesky(weighted.mul_(self.config.covariance_weight))
         return self._factors[layer]
 
 
@@ -74,7 +75,7 @@ class MemitSeqStream(MemitStream):
 
 @dataclass(frozen=True)
 class Memit:
-    """MEMIT, batch after batch; with ``sequential`` it remembers earlier keys (MEMIT_seq)."""
+    """MEMIT, batch after batch, without memory of earlier keys."""
 
     config: MemitConfig
 

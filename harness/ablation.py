@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from reports.tables import build_report
 
     display = Display()
+    folder = Path(args.out) if args.out else None
     try:
+        if args.resume and not args.out and not args.config:
+            raise ValueError("--resume needs the run folder; name it with --out")
         given = _given(args)
         overrides = [*(given.pop("set", None) or []), *(args.set or [])]
         data, out = given.pop("data", None), given.pop("out", None)
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"harness.ablation: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("harness.ablation: stopped; the same command with --out continues it", file=sys.stderr)
+        print(f"harness.ablation: stopped; the same command with --out {folder} goes on", file=sys.stderr)
         return 130
     print(to_markdown([build_report(load_run(folder))]))
     print(f"Run folder: {folder}")
@@ -60,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", metavar="DIR", help="run folder; default: runs/<timestamp>-<model>-<dataset>"
     )
+    parser.add_argument("--no-generation", action="store_true", help="score no generated text (default)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an existing run folder (the default)")
     again.add_argument("--fresh", action="store_true", help="begin anew in an existing run folder")

@@ -37,6 +37,7 @@ FLAGS: dict[str, Flag] = {
     "encoder": Flag("minilm, openai:MODEL, or a sentence-transformers id or folder; default: minilm"),
     "negatives": Flag("unrelated texts of the router; default: as many as edits", kind=int, metavar="N"),
     "evaluate": Flag("when to score: final (after the last batch)"),
+    "capability": Flag("general tasks: none"),
     "seed": Flag("of selection, sampling and intervals; default: 0", kind=int, metavar="N"),
     "dtype": Flag("float32, bfloat16 ...; default: float32 on a CPU, bfloat16 on a GPU"),
     "device": Flag("cpu, cuda, cuda:1 ...; default: cuda if present"),

@@ -20,6 +20,7 @@ class RecordMaker:
     spec: RunSpec
     run_id: str
     model_digest: str
+    data_digest: str
 
     def unedited(self, rows: Sequence[Row]) -> Iterator[Record]:
         """Records of the unedited model."""
@@ -86,6 +87,6 @@ class RecordMaker:
             scores=tuple(scores),
             seconds=time.perf_counter() - started,
             spec=self.run_id,
-            provenance=self.model_digest,
+            provenance={"model": self.model_digest, "data": self.data_digest},
             error=error,
         )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -34,10 +35,15 @@ def write_delta(
     write_tensors(path, tensors, {"editor": editor, "case_ids": json.dumps(list(case_ids)), **more})
 
 
-def read_delta(path: Path) -> dict[str, Tensor]:
-    """One batch's change, multiplied out: parameter name -> tensor of its stored shape."""
-    with safe_open(path, framework="pt") as file:
+def read_delta(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One batch's change and its metadata.
+
+    The change is multiplied out where the editing did it, so that replayed weights are the edited ones to
+    the bit: parameter name -> tensor of its stored shape.
+    """
+    with safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata())
     delta: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(".left"):
@@ -45,7 +51,7 @@ def read_delta(path: Path) -> dict[str, Tensor]:
             delta[stem] = dense(LowRank(tensor, tensors[f"{stem}.right"]))
         elif not name.endswith(".right"):
             delta[name] = tensor
-    return delta
+    return delta, metadata
 
 
 def write_state(path: Path, state: Mapping[str, Tensor], batches: int) -> None:

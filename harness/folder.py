@@ -19,6 +19,7 @@ from harness.spec import RunSpec, hyperparameter_source
 from reports.record import SCHEMA_VERSION, Record
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "sentence-transformers")
+SESSION = ("commit", "dirty", "python", "packages", "threads")  # may differ where a run was continued
 FOLDERS = ("deltas", "state", "scores")
 FILES = ("run.json", "records.jsonl", "cases.jsonl.gz", "report.md", "report.tex", "report.html")
 
@@ -58,18 +59,15 @@ class RunFolder:
             if not (path / "run.json").is_file():
                 raise ValueError(f"folder {path} is not empty and holds no run; give another --out")
             _clear(path)
-        kept = {
-            name: info["provenance"][name]
-            for name in ("model", "statistics")
-            if name in info.get("provenance", {})
-        }
+        session = {name: provenance[name] for name in SESSION}
         info |= {
             "schema_version": SCHEMA_VERSION,
             "run_id": spec.digest(),
             "status": "running",
             "spec": plain,
             "model_note": MODELS[spec.model].note if spec.model in MODELS else None,
-            "provenance": {**provenance, **kept},
+            "provenance": info.get("provenance", dict(provenance)),
+            "sessions": [*info.get("sessions", []), session],
         }
         info.setdefault("timings", {})
         info.setdefault("per_editor", {})
@@ -82,6 +80,15 @@ class RunFolder:
                 f"folder {path} cannot be written: {error.strerror}; give another --out"
             ) from None
         return folder
+
+    @property
+    def notes(self) -> list[str]:
+        """What a report must say of how the folder came about."""
+        first, *others = self.info["sessions"]
+        differ = sorted({name for other in others for name in SESSION if other[name] != first[name]})
+        if not differ:
+            return []
+        return [f"The run was continued with another {', '.join(differ)}; run.json has all sessions."]
 
     def note(self, **more: Any) -> None:
         """Take up further fields and write run.json."""
@@ -154,7 +161,7 @@ def provenance(spec: RunSpec, dataset: Dataset, selection: Selection, encoder: s
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    gpu = torch.cuda.get_device_name() if spec.device.startswith("cuda") else None
+    gpu = torch.cuda.get_device_name(spec.device) if spec.device.startswith("cuda") else None
     return {
         **_commit(),
         "python": platform.python_version(),
@@ -186,5 +193,8 @@ def _commit() -> dict[str, Any]:
         except (OSError, subprocess.SubprocessError):
             return None
 
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root.resolve():  # installed inside somebody else's checkout
+        return {"commit": None, "dirty": None}
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {"commit": commit, "dirty": None if status is None else bool(status)}

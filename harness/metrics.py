@@ -109,7 +109,8 @@ def _score(name: str, value: Any, drawn: Array, n: int, base: tuple[Any, Array] 
         difference = float(value - base[0])
         low_d, high_d = (float(q) for q in np.quantile(drawn - base[1], (0.025, 0.975)))
     return Score(
-        metric=name, value=float(value), low=float(low), high=float(high), n=n, protocol="probability",
+        metric=name, value=float(value), low=float(low), high=float(high), n=n,
+        protocol="teacher_forced" if name.endswith("_argmax") else "probability",
         difference=difference, difference_low=low_d, difference_high=high_d,
     )  # fmt: skip
 

@@ -40,15 +40,19 @@ class ModelPreset:
     hub_id: str | None  # None: from an installed package
     revision: str | None = None  # commit on the hub
     note: str | None = None  # what a report must say of it
+    paper: bool = True  # runs by default in the paper's setting: CounterFact, 10 batches of 200, Wikipedia
 
 
 MODELS: dict[str, ModelPreset] = {
     "smollm2-135m": ModelPreset(
         hub_id=None,
+        paper=False,
         note="SmolLM2-135M-Instruct, dequantised from a 4-bit file (Q4_1); "
         "its figures are not those of the full-precision weights",
     ),
-    "gpt2": ModelPreset(hub_id="openai-community/gpt2", revision="607a30d783dfa663caf39e06633721c8d4cfcd7e"),
+    "gpt2": ModelPreset(
+        hub_id="openai-community/gpt2", revision="607a30d783dfa663caf39e06633721c8d4cfcd7e", paper=False
+    ),
     "gpt2-xl": ModelPreset(
         hub_id="openai-community/gpt2-xl", revision="15ea56dee5df4983c59b2538573817e1667135e2"
     ),
@@ -86,7 +90,7 @@ class _Source:
     revision: str | None
 
 
-def find_model(name: str, revision: str | None = None) -> _Source:
+def find_model(name: str) -> _Source:
     """Where a model is, without loading it.
 
     Raises ValueError if the name is none of: a preset, a folder with a config.json, a hub id.
@@ -102,7 +106,7 @@ def find_model(name: str, revision: str | None = None) -> _Source:
             raise ValueError(f"model folder {name!r} has no config.json; give a folder save_pretrained wrote")
         return _Source(name, None)
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        return _Source(name, revision)
+        return _Source(name, None)
     raise ValueError(
         f"unknown model {name!r}; known: {', '.join(MODELS)}; or give a hub id (owner/name) or a local folder"
     )
@@ -117,7 +121,7 @@ def model_config(source: _Source) -> Any:
 
 
 def load_model(name: str, source: _Source, *, dtype: torch.dtype, device: str) -> LoadedModel:
-    """Load a model with its edited weights to be kept in float32 or better (``edit_in_float32``)."""
+    """Load a model and its tokenizer, ready for evaluation; no parameter takes a gradient."""
     config = model_config(source)
     with _one_line(source):
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)

@@ -25,7 +25,8 @@ def pack_linears(model: PreTrainedModel, *, leave: set[str]) -> int:
     """Let the float32 linear layers of a CPU model compute through oneDNN; how many do.
 
     leave: names of parameters that will change; their layers stay as they are. A packed layer whose weight
-    is exchanged or written to nevertheless is packed anew (writes through ``.data`` go unnoticed). Costs a copy of each weight, two where gradients pass through.
+    is exchanged or written to nevertheless is packed anew; writes through ``.data`` go unnoticed. Costs a
+    copy of each weight, two where gradients pass through.
     """
     packed = 0
     for name, module in model.named_modules():

@@ -87,7 +87,7 @@ def write_lines_gz(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
             for row in rows:
-                packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                packed.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
     write_atomically(path, write)
 

@@ -1,6 +1,7 @@
 """Carry out a grid: edit once per chain, score each weight set once, and read every cell off the outcomes."""
 
 import gc
+import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from harness.cells import RecordMaker, Row
 from harness.data import EditCase, load_dataset, select
 from harness.deltas import delta_path, read_delta, read_state, state_path, write_delta, write_state
 from harness.encoders import encoder
-from harness.folder import RunFolder, provenance
+from harness.folder import RunFolder, SpecMismatchError, provenance
 from harness.grid import NO_MERGE, cells_of, merge_ratios, needs_unmerged, weights_id
 from harness.models import (
     LoadedModel,
@@ -42,6 +43,9 @@ from routing import ROUTERS
 
 Weights = dict[str, Tensor]
 NOT_APPLICABLE = "not applicable"
+OWN_TOKENS = 30_000  # least text sampled for ``self``; docs/statistics.md shows why
+TOKENS_PER_WIDTH = 10  # tokens per dimension of a key below which a report says so
+logger = logging.getLogger(__name__)
 Routes = dict[int, list[tuple[str, float]]]  # top-k -> (route, score) of every scored prompt
 
 
@@ -54,6 +58,7 @@ def run_grid(
     ValueError in one line, before any model is loaded, for wrong names, files or sizes.
     """
     display = display or Display()
+    torch.set_float32_matmul_precision("highest")  # no TF32 in keys, statistics and edited matrices
     dataset = load_dataset(spec.dataset, data)
     selection, notes = select(
         dataset, edits=spec.edits, negatives=spec.negatives, order=spec.select, seed=spec.seed
@@ -76,8 +81,13 @@ def run_grid(
             run.timed("load", stage)
         if embed is not None:
             run.route(embed, [case.rewrite_prompt for case in selection.negatives])
-        failed = run.all_editors()
-        folder.note(status="failed" if failed else "complete", notes=notes)
+        try:
+            failed = run.all_editors()
+        except SpecMismatchError:
+            raise
+        except ValueError as error:  # a defect, not a wrong argument
+            raise RuntimeError(f"the run stopped: {error}") from error
+        folder.note(status="failed" if failed else "complete", notes=[*notes, *run.notes, *folder.notes])
         write_reports(out)
     return failed
 
@@ -89,6 +99,13 @@ def _edited_layers(spec: RunSpec, config: Any) -> list[int]:
     if layers[-1] >= count:
         raise ValueError(f"layers up to {layers[-1]} asked, {spec.model} has blocks 0 to {count - 1}")
     return layers
+
+
+def _key_width(loaded: LoadedModel, layer: int) -> int:
+    """d_in of the edited weights."""
+    sites = sites_for(loaded.model)
+    shape = loaded.model.get_parameter(sites.weight_name(layer)).shape
+    return shape[0] if sites.transposed else shape[1]
 
 
 class _Run:
@@ -109,7 +126,13 @@ class _Run:
         self.batches = [cases[i : i + spec.batch_size] for i in range(0, spec.edits, spec.batch_size)]
         self.queries = list(_queries(self.batches))
         self.routes: Routes = {}
-        self.records = RecordMaker(spec=spec, run_id=folder.info["run_id"], model_digest=loaded.digest)
+        self.routing_error: str | None = None
+        self.records = RecordMaker(
+            spec=spec,
+            run_id=folder.info["run_id"],
+            model_digest=loaded.digest,
+            data_digest=folder.info["spec"]["data_digest"],
+        )
         model = {"name": spec.model, "revision": loaded.revision, "digest": loaded.digest}
         folder.same("model", model)
         names = [sites_for(loaded.model).weight_name(layer) for layer in layers]
@@ -118,6 +141,7 @@ class _Run:
         folder.info["provenance"]["onednn_layers"] = packed
         self.base: Weights = {n: loaded.model.get_parameter(n).detach().clone() for n in names}
         self._covariances: dict[int, Covariance] = {}
+        self.notes: list[str] = []
 
     def timed(self, name: str, stage: Stage) -> float:
         """Note how long a stage has taken so far; the seconds."""
@@ -130,12 +154,16 @@ class _Run:
         """Decide every scored prompt, with the corpus as it is after the last batch."""
         spec = self.spec
         config, kind = ROUTERS[spec.router]
-        with self.display.stage("route prompts") as stage:
-            router = kind(config(top_k=spec.top_k[0]), embed)
-            router.add("edited", [case.rewrite_prompt for case in self.cases])
-            router.add(None, unrelated)
-            decisions = router.route_many([query.prompt for _, query in self.queries], spec.top_k)
-            self.timed("route", stage)
+        try:
+            with self.display.stage("route prompts") as stage:
+                router = kind(config(top_k=spec.top_k[0]), embed)
+                router.add("edited", [case.rewrite_prompt for case in self.cases])
+                router.add(None, unrelated)
+                decisions = router.route_many([query.prompt for _, query in self.queries], spec.top_k)
+                self.timed("route", stage)
+        except Exception as error:  # the cells without a router do not depend on it
+            self.routing_error = self._said("routing", error)
+            return
         self.routes = {k: [(d.expert or "unedited", d.score) for d in made] for k, made in decisions.items()}
 
     def all_editors(self) -> int:
@@ -157,6 +185,8 @@ class _Run:
         """Records of all cells of one editor; a weight set that fails costs only the cells that need it."""
         spec = self.spec
         outcomes: dict[float | None, list[Row] | str] = {}
+        if spec.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(spec.device)
         for ratio in (None, *merge_ratios(spec)):
             if ratio is None and not needs_unmerged(spec):
                 continue
@@ -165,9 +195,10 @@ class _Run:
                 continue
             try:
                 outcomes[ratio] = self._weight_set(editor, ratio)
+            except SpecMismatchError:
+                raise
             except Exception as error:  # whatever it is, the other weight sets do not depend on it
-                text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                self.display.say(f"{weights_id(spec, editor, ratio)} failed: {text}")
+                text = self._said(weights_id(spec, editor, ratio), error)
                 outcomes[ratio] = text
                 if ratio is None and spec.chain == "shadow":
                     outcomes |= dict.fromkeys(merge_ratios(spec), text)
@@ -176,8 +207,12 @@ class _Run:
                 self._restore(self.base)
                 gc.collect()
         baseline = outcomes.get(None)
+        if isinstance(baseline, str):
+            baseline = None
         for cell in cells_of(spec, editor):
             rows = outcomes[cell.pruning_ratio]
+            if cell.top_k is not None and self.routing_error and not isinstance(rows, str):
+                rows = self.routing_error
             if isinstance(rows, str):
                 yield self.records.error(cell, rows)
                 continue
@@ -185,9 +220,16 @@ class _Run:
                 cell,
                 rows,
                 unedited=self.unedited,
-                baseline=None if cell.name == "baseline" or isinstance(baseline, str) else baseline,
+                baseline=None if cell.name == "baseline" else baseline or None,
                 routes=None if cell.top_k is None else [route for route, _ in self.routes[cell.top_k]],
             )
+
+    def _said(self, what: str, error: Exception) -> str:
+        """An error as one line, shown and kept; its traceback is in the log."""
+        logger.info("%s failed", what, exc_info=error)
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        self.display.say(f"{what} failed: {text}")
+        return text
 
     def _weight_set(self, editor: str, ratio: float | None) -> list[Row]:
         """Outcomes of one editor's weights, merged at a pruning ratio or unmerged (None)."""
@@ -239,6 +281,7 @@ class _Run:
     ) -> Weights:
         """Write one batch (from 1) into the model and onto disk; the weights after it."""
         cases = self.batches[batch - 1]
+        before = tensors_digest(weights)
         delta = stream.edit([case.request for case in cases])
         after = self._after(weights, {name: dense(change) for name, change in delta.items()}, ratio)
         if ratio is not None:
@@ -248,7 +291,7 @@ class _Run:
             delta,
             editor=editor,
             case_ids=[case.case_id for case in cases],
-            digest_before=tensors_digest(weights),
+            digest_before=before,
             digest_after=tensors_digest(after),
         )
         if batch < len(self.batches):
@@ -266,8 +309,17 @@ class _Run:
             done = settled if settled <= done else 0  # a state beyond the last delta fits none before it
         weights = dict(self.base)
         for batch in range(1, done + 1):
-            weights = self._after(weights, read_delta(delta_path(self.out, chain, batch)), ratio)
+            delta = self._delta(chain, batch, before=tensors_digest(weights))
+            weights = self._after(weights, delta, ratio)
         return weights, state if done else {}, done
+
+    def _delta(self, chain: str, batch: int, before: str | None = None) -> dict[str, Tensor]:
+        """A stored change; ValueError if it does not follow on weights of the digest given."""
+        path = delta_path(self.out, chain, batch)
+        delta, metadata = read_delta(path, next(iter(self.base.values())).device)
+        if before is not None and metadata["digest_before"] != before:
+            raise ValueError(f"{path} was made on other weights than those before it; use --fresh")
+        return delta
 
     def _after(self, weights: Weights, delta: Mapping[str, Tensor], ratio: float | None) -> Weights:
         """Weights after one batch's change, merged under the merged chain."""
@@ -281,7 +333,7 @@ class _Run:
         """The merged weights after the last batch, replayed from the stored deltas without any forward."""
         merged = self.base
         with self.display.stage(f"merge {editor} at {ratio:g}") as stage:
-            deltas = (read_delta(delta_path(self.out, editor, b)) for b in range(1, len(self.batches) + 1))
+            deltas = (self._delta(editor, batch) for batch in range(1, len(self.batches) + 1))
             for after in shadow_chain(self._merger(ratio), self.base, deltas):
                 merged = after
             self.timed(f"merge {weights_id(self.spec, editor, ratio)}", stage)
@@ -306,12 +358,19 @@ class _Run:
             def progress(done: int, total: int) -> None:
                 stage.update(done / total)
 
-            corpus = load_corpus(
-                spec.stats, loaded, limit=spec.limit_stats, seed=spec.seed, progress=progress
-            )
-            found = covariances(loaded, self.layers, corpus, limit=spec.limit_stats, progress=progress)
+            width = _key_width(loaded, self.layers[0])
+            limit = spec.limit_stats
+            if limit is None and spec.stats == "self":
+                limit = max(OWN_TOKENS, TOKENS_PER_WIDTH * width)
+            corpus = load_corpus(spec.stats, loaded, limit=limit, seed=spec.seed, progress=progress)
+            found = covariances(loaded, self.layers, corpus, limit=limit, progress=progress)
             self.timed("statistics", stage)
         tokens = found[self.layers[0]].tokens
+        if tokens < TOKENS_PER_WIDTH * width:
+            self.notes.append(
+                f"The statistics are from {tokens:,} tokens, less than {TOKENS_PER_WIDTH} times the "
+                f"{width:,} directions of a key: directions not seen look unused."
+            )
         self.folder.same("statistics", {"corpus": corpus.name, "digest": corpus.digest, "tokens": tokens})
         self._covariances = found
 
@@ -377,7 +436,7 @@ class _Run:
 
     def _measured(self, name: str, **values: Any) -> None:
         if self.spec.device.startswith("cuda"):
-            peak = torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated(self.spec.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         entry = self.folder.info["per_editor"].setdefault(name, {})

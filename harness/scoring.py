@@ -5,6 +5,7 @@ tokens go on from the prompt's cached keys and values. The head is applied at ta
 Prompts of equal length run together, so there is no padding and no mask.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,8 @@ def score(
         rows = [prompts[query.prompt] for query in part]
         pairs = [(targets[query.target_new], targets[query.target_true]) for query in part]
         for query, answer in zip(part, _score_batch(model, rows, pairs), strict=True):
+            if not math.isfinite(answer.new.nll + answer.true.nll):
+                raise FloatingPointError(f"the likelihoods after {query.prompt!r} are not finite")
             answers[query] = answer
         if progress:
             progress(len(answers), len(distinct))

@@ -26,7 +26,6 @@ CHAINS = ("shadow", "merged")
 CORPORA = ("self", "wikipedia")
 SELECTIONS = ("first", "random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-SMALL = ("smollm2-135m", "gpt2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class RunSpec:
     dataset: str
     select: str
     stats: str
-    limit_stats: int | None  # tokens
+    limit_stats: int | None  # tokens; None: all of a corpus, of ``self`` as many as the harness samples
     batch_size: int
     num_batches: int
     chain: str
@@ -128,7 +127,7 @@ def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
     """
     given = {name: value for name, value in given.items() if value is not None}
     model = given.get("model", "smollm2-135m")
-    paper = model in MODELS and model not in SMALL
+    paper = model in MODELS and MODELS[model].paper
     editors = tuple(given.get("editors", ("memit", "alphaedit")))
     _known("editor", editors, EDITORS)
     dataset = given.get("dataset", "counterfact" if paper else "facts")
@@ -141,6 +140,7 @@ def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
         raise ValueError(
             f"unknown statistics corpus {stats!r}; known: {', '.join(CORPORA)}; or give a JSONL file"
         )
+    _known("capability", (given.get("capability", "none"),), ("none",))
     device = given.get("device") or default_device()
     _check_device(device)
     return RunSpec(
@@ -150,7 +150,7 @@ def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
         dataset=dataset,
         select=given.get("select", "first" if dataset == "counterfact" else "random"),
         stats=stats,
-        limit_stats=given.get("limit_stats", None if stats == "wikipedia" else DEFAULT_TOKENS),
+        limit_stats=given.get("limit_stats"),
         batch_size=given.get("batch_size", 200 if paper else 20),
         num_batches=given.get("num_batches", 10 if paper else 5),
         chain=given.get("chain", "shadow"),
@@ -168,9 +168,6 @@ def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
     )
 
 
-DEFAULT_TOKENS = 30_000  # of a corpus other than Wikipedia; docs/statistics.md shows why
-
-
 def default_device() -> str:
     """cuda if present, else cpu."""
     import torch
@@ -185,6 +182,8 @@ def _check_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}; known: cpu, cuda, cuda:1 ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; known: cpu, cuda, cuda:1 ... (solves need float64)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there; {torch.cuda.device_count()} GPUs are")
 

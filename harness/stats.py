@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.capture import inputs_of
+from editors.capture import inputs_of, pad_right
 from editors.sites import Sites, device_of, sites_for
 from harness.models import LoadedModel
 from harness.paths import cache_folder, read_lines, write_lines_gz, write_tensors
@@ -114,9 +114,10 @@ def _wikipedia(generator: random.Random) -> list[str]:
 def own_text(loaded: LoadedModel, *, tokens: int, seed: int, progress: Progress) -> list[str]:
     """At least ``tokens`` tokens of text sampled from the unedited model itself.
 
-    Shipped for the default model; otherwise sampled once and kept by model, seed and count.
+    Shipped for the default model, whatever the seed; otherwise sampled once and kept by model, seed and
+    count.
     """
-    shipped = SAMPLES / f"{loaded.digest[:16]}.jsonl.gz"
+    shipped = SAMPLES / f"{loaded.name}.jsonl.gz"
     if shipped.is_file():
         texts = [record["text"] for record in read_lines(shipped)]
         if sum(len(loaded.tokenizer(text)["input_ids"]) for text in texts) >= tokens:
@@ -132,8 +133,9 @@ def own_text(loaded: LoadedModel, *, tokens: int, seed: int, progress: Progress)
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Most positions of a text, 8192 where the config says more or nothing."""
-    return min(getattr(model.config, "max_position_embeddings", 8192), 8192)
+    """Most positions of a text; as the protocol, 4096 for Qwen2, else at most 8192."""
+    most = 4096 if model.config.model_type == "qwen2" else 8192
+    return min(getattr(model.config, "max_position_embeddings", most), most)
 
 
 def _document_start(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -158,16 +160,18 @@ def sample_texts(
     device = device_of(model)
     generate: Any = model.generate
     length = min(SAMPLE_LENGTH, context_length(model) - 1)
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]  # none of the model's own: they may penalise repetition or cut
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0,
+        min_new_tokens=length, max_new_tokens=length,
+        eos_token_id=model.generation_config.eos_token_id, pad_token_id=start,
+    )  # fmt: skip
     made = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         while made < tokens:
             before = made
             ids = torch.full((SAMPLE_BATCH, 1), start, device=device)
-            out = generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                min_new_tokens=length, max_new_tokens=length, pad_token_id=start,
-            )  # fmt: skip
+            out = generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
             for row in out[:, 1:]:
                 text = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
                 if text:
@@ -264,15 +268,13 @@ def gather_covariances(
     sums: dict[int, Tensor] = {}
     done = 0
     for part in _passes(rows):
-        length = max(len(row) for row in part)
-        ids = torch.zeros(len(part), length, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(part):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        for layer, keys in _keys_until(model, sites, layers, ids.to(device), mask.to(device)).items():
+        ids, mask = pad_right(part, device)
+        for layer, keys in _keys_until(model, sites, layers, ids, mask).items():
             square = (keys.T @ keys).double()
-            sums[layer] = sums[layer] + square if layer in sums else square
+            if layer in sums:
+                sums[layer] += square
+            else:
+                sums[layer] = square
         done += int(mask.sum())
         progress(done, total)
     return {

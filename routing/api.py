@@ -24,3 +24,7 @@ class Router(Protocol):
     def route(self, texts: Sequence[str]) -> list[Decision]:
         """One decision a text, in order, from the corpus as it is now."""
         ...
+
+    def route_many(self, texts: Sequence[str], ks: Sequence[int]) -> dict[int, list[Decision]]:
+        """The same under several top-k, from one search."""
+        ...

@@ -1,4 +1,4 @@
-"""Sample a model's own text, the corpus ``self``, and store it where the harness finds it by weight digest.
+"""Sample a model's own text, the corpus ``self``, and store it where the harness finds it by name.
 
 python scripts/sample_own_text.py --model smollm2-135m --tokens 120000
 """
@@ -28,7 +28,7 @@ def main() -> int:
     texts = sample_texts(
         loaded.model, loaded.tokenizer, tokens=args.tokens, seed=args.seed, progress=progress
     )
-    path = SAMPLES / f"{loaded.digest[:16]}.jsonl.gz"
+    path = SAMPLES / f"{loaded.name}.jsonl.gz"
     write_lines_gz(path, ({"text": text} for text in texts))
     print(path)
     return 0

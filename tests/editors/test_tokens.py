@@ -1,7 +1,8 @@
 """Where the subject ends, and what a target's ids are."""
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks import reference, tiny
 from editors.tokens import encode, locate_subject, target_ids
@@ -15,20 +16,20 @@ def test_the_subjects_last_token_is_that_of_the_length_rule(bos: bool) -> None:
             text = template.replace("{}", request.prompt)
             found = locate_subject(tokenizer, text, request.subject)
             assert found.subject_last == reference.subject_last_index(tokenizer, text, request.subject)
-            assert tokenizer.decode(found.ids[found.subject_last :]).startswith(
-                tokenizer.decode(found.ids[found.subject_last])
-            )
+            before = tokenizer.decode(found.ids[: found.subject_last + 1], skip_special_tokens=True)
+            assert before == text.split("{}")[0] + request.subject
 
 
 def test_a_suffix_that_merges_with_the_subject(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = tiny.tiny_tokenizer(bos=False)
-    found = locate_subject(tokenizer, "{} is", "The rive")  # "river" and the like are single tokens
-    assert tokenizer.decode(found.ids[: found.subject_last + 1]) == "The rive"
-    merged = locate_subject(tokenizer, "The {}r runs", "rive")
-    text = tokenizer.decode(merged.ids[: merged.subject_last + 1])
-    assert text in ("The rive", "The river")
-    if text == "The river":
-        assert "by its characters" in caplog.text
+    """The subject "xa" is one token by itself; before "b" its last letter goes with the b."""
+    vocabulary = {piece: i for i, piece in enumerate(["x", "a", "b", "c", "ab", "xa"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b"), ("x", "a")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    apart = locate_subject(tokenizer, "{}cb", "xa")
+    assert (apart.ids, apart.subject_last) == ((5, 3, 2), 0) and not caplog.text
+    merged = locate_subject(tokenizer, "{}bc", "xa")
+    assert (merged.ids, merged.subject_last) == ((0, 4, 3), 1)
+    assert "1 by its characters and 0 by length" in caplog.text
 
 
 def test_special_tokens_behind_a_prompt_are_left_out() -> None:

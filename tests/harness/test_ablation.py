@@ -568,7 +568,7 @@ def test_deltas_add_up_to_the_weights_that_were_scored(grid: Grid, done: Path) -
                 metadata = file.metadata()
             assert json.loads(metadata["case_ids"]) == case_ids[(batch - 1) * SIZE : batch * SIZE]
             assert metadata["digest_before"] == tensors_digest(weights)
-            delta = read_delta(path)
+            delta = read_delta(path, torch.device("cpu"))[0]
             assert set(delta) == set(names)
             weights = {name: weights[name] + change for name, change in delta.items()}
             assert metadata["digest_after"] == tensors_digest(weights)
@@ -746,14 +746,14 @@ def test_the_merged_chain_edits_what_it_merged(grid: Grid, tmp_path: Path) -> No
     from safetensors import safe_open
 
     for chain, ratio in (("memit+MM", 0.85), ("alphaedit+MM@0.5", 0.5)):
-        delta = read_delta(delta_path(out, chain, 1))
+        delta = read_delta(delta_path(out, chain, 1), torch.device("cpu"))[0]
         weights = {name: model.get_parameter(name).detach().clone() for name in delta}
         for batch in range(1, BATCHES + 1):
             with safe_open(delta_path(out, chain, batch), framework="pt") as file:
                 metadata = file.metadata()
             assert metadata["digest_before"] == tensors_digest(weights)
             weights = kind(config(pruning_ratio=ratio)).merge(
-                weights, [read_delta(delta_path(out, chain, batch))]
+                weights, [read_delta(delta_path(out, chain, batch), torch.device("cpu"))[0]]
             )
             assert metadata["digest_after"] == tensors_digest(weights)
     remove(out, "deltas/*/batch-0003.safetensors", "scores/memit*", "scores/alphaedit*")
@@ -833,7 +833,7 @@ def test_half_precision_models_run_and_agree_with_themselves(grid: Grid, tmp_pat
     assert_same(tmp_path / "one", tmp_path / "two")
     rows = rows_by_weights(tmp_path / "one")
     assert [row["nll_new"] for row in rows["memit"]] != [row["nll_new"] for row in rows["unedited"]]
-    delta = read_delta(delta_path(tmp_path / "one", "memit", 1))
+    delta = read_delta(delta_path(tmp_path / "one", "memit", 1), torch.device("cpu"))[0]
     assert {tensor.dtype for tensor in delta.values()} == {torch.float32}
 
 

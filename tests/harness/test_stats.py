@@ -393,7 +393,7 @@ def test_shipped_text_is_used_where_there_is_enough(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stats, "SAMPLES", tmp_path)
     monkeypatch.setattr(stats, "sample_texts", lambda *_, **__: ["sampled"])
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
-    (tmp_path / f"{loaded.digest[:16]}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / f"{loaded.name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     assert own_text(loaded, tokens=50, seed=0, progress=quiet) == TEXTS
     assert own_text(loaded, tokens=10**6, seed=0, progress=quiet) == ["sampled"]
     assert own_text(loaded_model(seed=1), tokens=50, seed=0, progress=quiet) == ["sampled"]
