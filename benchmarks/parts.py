@@ -101,7 +101,7 @@ def targets(repeats: int) -> list[Result]:
     threads = torch.get_num_threads()
     setting = (
         f"smollm2-135m float32, {EDITS} edits, {config.steps} steps, {threads} threads; baseline: median of "
-        f"{BASELINE_EDITS} edits one by one on the model as loaded, {min(baseline):.1f} to {max(baseline):.1f} s"
+        f"{BASELINE_EDITS} edits one by one as loaded, {min(baseline):.1f} to {max(baseline):.1f} s"
     )
     value, slow_value = statistics.median(values), statistics.median(baseline)
     return [

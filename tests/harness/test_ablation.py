@@ -841,3 +841,60 @@ def test_cases_are_packed_without_a_time(done: Path) -> None:
     content = (done / "cases.jsonl.gz").read_bytes()
     assert content[4:8] == b"\0\0\0\0"
     assert gzip.decompress(content).endswith(b"}\n")
+
+
+@pytest.mark.parametrize("chain", ["shadow", "merged"])
+@pytest.mark.parametrize(
+    "cells", [["+MM"], ["+MM+R"], ["+R"], ["+MM", "+R"], ["baseline", "+MM+R"]], ids="".join
+)
+def test_any_cells_can_be_asked_for(grid: Grid, tmp_path: Path, chain: str, cells: list[str]) -> None:
+    assert grid.run(tmp_path / "run", "--cells", *cells, "--chain", chain, editors=["memit"]) == 0
+    found = {
+        record["cell"]: record for record in records_of(tmp_path / "run") if record["slice"] == "overall"
+    }
+    assert list(found) == ["unedited", *cells]
+    for cell in cells:
+        differs = ["difference" in score for score in found[cell]["scores"] if score["protocol"] != "routing"]
+        expected = cell != "baseline" and bool({"baseline", "+R"} & set(cells))  # unmerged outcomes are there
+        assert all(differs) == any(differs) == expected
+
+
+def test_a_router_that_fails_costs_the_routed_cells_only(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(HashedWords):
+        def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+            raise RuntimeError("the service is away")
+
+    monkeypatch.setattr(harness.run, "encoder", Broken)
+    assert grid.run(tmp_path / "run", editors=["memit"]) == 1
+    for record in records_of(tmp_path / "run"):
+        if "R" in record["cell"]:
+            assert record["error"] == "RuntimeError: the service is away"
+        else:
+            assert record["scores"] and "error" not in {k for k, v in record.items() if v is not None}
+
+
+def test_a_delta_that_does_not_follow_is_refused(grid: Grid, done: Path, copied: Path) -> None:
+    first, second = (delta_path(copied, "memit", batch) for batch in (1, 2))
+    second.write_bytes(first.read_bytes())
+    shutil.rmtree(copied / "scores")
+    assert grid.run(copied, *MANY) == 1
+    errors = {r["editor"]: r["error"] for r in records_of(copied) if r["slice"] == "overall" and r["error"]}
+    assert set(errors) == {"memit"}
+    assert "made on other weights" in errors["memit"]
+
+
+def test_likelihoods_that_are_not_finite_are_no_result(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = harness.run._Run._merged
+
+    def broken(self: Any, *args: Any) -> Any:
+        return {name: value * float("nan") for name, value in plain(self, *args).items()}
+
+    monkeypatch.setattr(harness.run._Run, "_merged", broken)
+    assert grid.run(tmp_path / "run", "--cells", "baseline", "+MM", editors=["memit"]) == 1
+    found = {r["cell"]: r for r in records_of(tmp_path / "run") if r["slice"] == "overall"}
+    assert found["baseline"]["scores"]
+    assert "not finite" in found["+MM"]["error"]
