@@ -177,12 +177,14 @@ class _Pass:
 
         delta: (n, d_out), one vector per edit.
         """
-        moved = self.hidden[:, 0].to(delta.dtype) + delta[self.edits]
+        # index_select throughout: the backward of plain indexing adds by atomics, in no fixed order
+        moved = self.hidden[:, 0].to(delta.dtype) + delta.index_select(0, self.edits)
         hidden = torch.cat([moved.to(self.hidden.dtype)[:, None], self.hidden[:, 1:]], dim=1)
         hidden = self.calls.run(hidden, self.z_layer + 1, len(self.calls.blocks) - 1)
-        at_loss = self._head(hidden[self.loss_row, self.loss_position])
+        places = hidden.flatten(0, 1)
+        at_loss = self._head(places.index_select(0, self.loss_row * self.suffix + self.loss_position))
         token = at_loss.gather(1, self.loss_token[:, None]).squeeze(1)
-        return token, self._head(hidden[self.kl_row, 0])
+        return token, self._head(places.index_select(0, self.kl_row * self.suffix))
 
     def row_probabilities(self, token: Tensor, n: int) -> Tensor:
         """(n,) each edit's share of its mean over rewriting rows of exp(-NLL of the row)."""

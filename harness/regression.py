@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 OTHERS: dict[str, Any] = {"stats": "self", "limit_stats": 20_000, "set": []}
 ROUTE_TOLERANCE = 0.01  # a share of prompts; the encoder's last bits may turn a near tie
-MARGIN_TOLERANCE = 0.05  # nats, mean over the prompts of a kind; docs/regression.md has what was seen
+MARGIN_TOLERANCE = 0.01  # nats, mean over the prompts of a kind; docs/regression.md has what was seen
 RATE_TOLERANCE = 1.0  # records of a slice
 
 

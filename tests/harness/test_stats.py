@@ -396,4 +396,6 @@ def test_shipped_text_is_used_where_there_is_enough(monkeypatch: pytest.MonkeyPa
     (tmp_path / f"{loaded.name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     assert own_text(loaded, tokens=50, seed=0, progress=quiet) == TEXTS
     assert own_text(loaded, tokens=10**6, seed=0, progress=quiet) == ["sampled"]
-    assert own_text(dataclasses.replace(loaded, name="other"), tokens=50, seed=0, progress=quiet) == ["sampled"]
+    assert own_text(dataclasses.replace(loaded, name="other"), tokens=50, seed=0, progress=quiet) == [
+        "sampled"
+    ]
