@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.api import Covariance, Progress
-from editors.closed_form import ClosedFormStream
+from editors.closed_form import ClosedFormEditor, ClosedFormStream
 from editors.linalg import NullSpace, alphaedit_right, null_space
 from editors.sites import device_of
 from editors.targets import TargetConfig
@@ -82,21 +82,7 @@ class AlphaEditStream(ClosedFormStream):
         self._keys = {int(name.removeprefix("keys.")): keys.to(device) for name, keys in memory.items()}
 
 
-@dataclass(frozen=True)
-class AlphaEdit:
+class AlphaEdit(ClosedFormEditor):
     """AlphaEdit, batch after batch."""
 
-    config: AlphaEditConfig
-
-    def start(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        covariance: Covariance,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> AlphaEditStream:
-        return AlphaEditStream(
-            model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress
-        )
+    stream = AlphaEditStream

@@ -7,7 +7,8 @@ is R_i = (Z - H) / (m - i), and delta_i = R_i Q_i^T, where Q_i (d_in, n) is the 
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -142,6 +143,25 @@ class ClosedFormStream(ABC):
     def _tell(self, what: str) -> Callable[[int, int], None]:
         progress = self.progress
         return lambda done, total: progress(what, done, total) if progress else None
+
+
+@dataclass(frozen=True)
+class ClosedFormEditor:
+    """An editor whose streams are of one class; subclasses name it."""
+
+    stream: ClassVar[type[ClosedFormStream]]
+    config: TargetConfig
+
+    def start(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        covariance: Covariance,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> ClosedFormStream:
+        return self.stream(model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.api import Covariance, Progress
-from editors.closed_form import ClosedFormStream
+from editors.closed_form import ClosedFormEditor, ClosedFormStream
 from editors.linalg import Memory, cholesky, remember, solve_with_keys
 from editors.sites import device_of
 from editors.targets import TargetConfig
@@ -73,39 +73,13 @@ class MemitSeqStream(MemitStream):
             self.remember(layer, keys.to(device_of(self.model)))
 
 
-@dataclass(frozen=True)
-class Memit:
+class Memit(ClosedFormEditor):
     """MEMIT, batch after batch, without memory of earlier keys."""
 
-    config: MemitConfig
-
-    def start(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        covariance: Covariance,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> MemitStream:
-        return MemitStream(model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress)
+    stream = MemitStream
 
 
-@dataclass(frozen=True)
-class MemitSeq:
+class MemitSeq(ClosedFormEditor):
     """MEMIT that preserves the keys of earlier batches (MEMIT_seq of the AlphaEdit repository)."""
 
-    config: MemitConfig
-
-    def start(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        covariance: Covariance,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> MemitSeqStream:
-        return MemitSeqStream(
-            model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress
-        )
+    stream = MemitSeqStream

@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,14 +95,13 @@ class CachedEncoder:
         import torch
         from safetensors.torch import save
 
+        from harness.paths import write_atomically
+
         digests = torch.tensor([list(digest) for digest in vectors], dtype=torch.uint8)
         tensors = {"digests": digests, "vectors": torch.stack(list(vectors.values()))}
         content = save(tensors, metadata={"encoder": self.identity})  # of several keys the order would vary
         name = f"{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{name}.{uuid.uuid4().hex}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
+        write_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
         self._read.add(name)
 
 
