@@ -1,7 +1,7 @@
 """``nox -s bench -- [NAME ...] [--out FILE]``: each part timed beside a faithful slow baseline.
 
 Medians over repeats after a warm-up, both sides in this process. The baselines are those of
-``benchmarks/reference.py``: one edit, one prompt at a time, full forwards.
+``benchmarks/reference/``: one edit, one prompt at a time, full forwards.
 """
 
 import argparse

@@ -9,26 +9,25 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
+from transformers.masking_utils import eager_mask
 from transformers.models.gptj.modeling_gptj import GPTJAttention
+from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 from editors.api import EditRequest
 
 MODEL_TYPES = ("gpt2", "gptj", "llama", "qwen2", "mistral", "qwen3")
+OTHER_TYPES = (
+    "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "gpt_neox", "smollm3", "stablelm",
+    "starcoder2",
+)  # fmt: skip
+ALL_TYPES = MODEL_TYPES + OTHER_TYPES
 VOCABULARY = 384  # rows of the embedding; the tokenizer's ids are all below it
 BOS, EOS = "<|begin|>", "<|end|>"  # ids 0 and 1 in every tiny tokenizer
 
@@ -98,6 +97,24 @@ class ExactRMSNorm(nn.Module):
         return self.weight * hidden_states * scale
 
 
+class ExactGemmaRMSNorm(nn.Module):
+    """Gemma's RMS norm, whose weight is counted from one, in the dtype it is given."""
+
+    weight: Tensor
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (1 + self.weight) * x * scale
+
+
+class ExactOlmoLayerNorm(OlmoLayerNorm):
+    """OLMo's layer norm, which has no weights, in the dtype it is given."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.layer_norm(hidden_states, self.normalized_shape, eps=1e-5)
+
+
 class ExactGPTJAttention(GPTJAttention):
     """GPT-J's attention in the dtype it is given; the one in transformers rounds float64 through float32."""
 
@@ -107,6 +124,86 @@ class ExactGPTJAttention(GPTJAttention):
         scores = query @ key.transpose(-1, -2) / self.scale_attn
         weights = torch.softmax(scores if attention_mask is None else scores + attention_mask, dim=-1)
         return self.attn_dropout(weights) @ value, weights
+
+
+def exact_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    **_others: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention with soft-capped scores in the dtype it is given; no dropout.
+
+    query: (rows, heads, tokens, head_dim); key and value have fewer heads, each serving a group of them.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores if attention_mask is None else scores + attention_mask, dim=-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+AttentionInterface.register("exact", exact_attention)
+AttentionMaskInterface.register("exact", eager_mask)
+
+
+def _fields(model_type: str, blocks: int, width: int, d_ff: int) -> dict[str, Any]:
+    """The config's fields, by the names the model type has for them."""
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.15}
+    if model_type in {"gpt2", "gptj"}:
+        gpt = {"n_layer": blocks, "n_head": 4, "n_embd": width, "n_positions": 256, "n_inner": d_ff}
+        return ids | gpt | ({"rotary_dim": 4} if model_type == "gptj" else {})
+    shared: dict[str, Any] = ids | {
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "hidden_size": width,
+        "intermediate_size": d_ff,
+        "max_position_embeddings": 256,
+    }
+    if model_type != "gpt_neox":
+        shared["num_key_value_heads"] = 2
+    if model_type == "mistral":
+        shared["sliding_window"] = None  # Gemma's windows of 4096 stay: no text is so long
+    if model_type == "qwen3" or model_type.startswith("gemma"):
+        shared["head_dim"] = width // 4
+    if model_type in {"gemma2", "gemma3_text"}:
+        shared["query_pre_attn_scalar"] = width // 4
+        shared["layer_types"] = [("sliding_attention", "full_attention")[i % 2] for i in range(blocks)]
+    return shared
+
+
+def _compute_in_float64(model: PreTrainedModel) -> None:
+    """Replace every module that would round through float32 by its exact form."""
+    for module in model.modules():
+        name = type(module).__name__
+        if name.endswith("RMSNorm"):
+            module.__class__ = ExactGemmaRMSNorm if name.startswith("Gemma") else ExactRMSNorm
+        elif isinstance(module, OlmoLayerNorm):
+            module.__class__ = ExactOlmoLayerNorm
+        elif isinstance(module, GPTJAttention):
+            module.__class__ = ExactGPTJAttention
+    if model.config.model_type == "gemma2":  # soft-capped scores: the one type with no fused attention
+        model.set_attn_implementation("exact")
+
+
+def _widen_logits(model: PreTrainedModel) -> None:
+    """Scale the final norm by four, so that a target's probability can come near one."""
+    named = dict(model.named_parameters())
+    names = ("transformer.ln_f", "model.norm", "model.final_layernorm", "gpt_neox.final_layer_norm")
+    scale = next((named[f"{name}.weight"] for name in names if f"{name}.weight" in named), None)
+    if scale is None:  # OLMo's norms have no weights
+        named["lm_head.weight"].mul_(4)
+    elif model.config.model_type.startswith("gemma"):  # the norm multiplies by 1 + weight
+        scale.add_(1).mul_(4).sub_(1)
+    else:
+        scale.mul_(4)
 
 
 def tiny_model(
@@ -119,63 +216,27 @@ def tiny_model(
     d_ff: int = 48,
     vocabulary: int = VOCABULARY,
 ) -> PreTrainedModel:
-    """A random model in eval mode; equal seeds give equal weights whatever the dtype.
+    """A random model of one of ``ALL_TYPES``, in eval mode; equal seeds agree whatever the dtype.
 
     Dropout stays at the config's default, biases and norms are random too, the weights are large enough
-    that the blocks matter. In float64, everything is computed in float64.
-    ``d_ff == width`` makes the edited weight square.
+    that the blocks matter. In float64, everything but the tables of rotary embeddings is computed in
+    float64. ``d_ff == width`` makes the edited weight square.
     """
-    if model_type not in MODEL_TYPES:
-        raise ValueError(f"unknown model type {model_type!r}; known: {MODEL_TYPES}")
-    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "vocab_size": vocabulary}
-    gpt: dict[str, Any] = ids | {
-        "n_layer": blocks,
-        "n_head": 4,
-        "n_embd": width,
-        "n_positions": 256,
-        "n_inner": d_ff,
-        "initializer_range": 0.15,
-    }
-    new: dict[str, Any] = ids | {
-        "num_hidden_layers": blocks,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_size": width,
-        "intermediate_size": d_ff,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.15,
-    }
+    if model_type not in ALL_TYPES:
+        raise ValueError(f"unknown model type {model_type!r}; known: {ALL_TYPES}")
+    fields = _fields(model_type, blocks, width, d_ff)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel
-        match model_type:
-            case "gpt2":
-                model = GPT2LMHeadModel(GPT2Config(**gpt))
-            case "gptj":
-                model = GPTJForCausalLM(GPTJConfig(**gpt, rotary_dim=4))
-            case "llama":
-                model = LlamaForCausalLM(LlamaConfig(**new))
-            case "qwen2":
-                model = Qwen2ForCausalLM(Qwen2Config(**new))
-            case "mistral":
-                model = MistralForCausalLM(MistralConfig(**new, sliding_window=None))
-            case _:
-                model = Qwen3ForCausalLM(Qwen3Config(**new, head_dim=width // 4))
+        config = AutoConfig.for_model(model_type, vocab_size=vocabulary, **fields)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-            # Logits wide enough that a target's probability can come near one.
-            model.get_parameter(f"{'transformer.ln_f' if 'gpt' in model_type else 'model.norm'}.weight").mul_(
-                4
-            )
+            _widen_logits(model)
     nn.Module.to(model, dtype=dtype)
     if dtype is torch.float64:
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.__class__ = ExactRMSNorm
-            if isinstance(module, GPTJAttention):
-                module.__class__ = ExactGPTJAttention
+        _compute_in_float64(model)
     model.train(False)
     return model
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.api import Covariance, Progress
 from editors.closed_form import ClosedFormEditor, ClosedFormStream
 from editors.linalg import NullSpace, alphaedit_right, null_space
 from editors.sites import device_of
@@ -40,12 +39,9 @@ class AlphaEditStream(ClosedFormStream):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         config: AlphaEditConfig,
-        *,
-        covariance: Covariance,
-        seed: int,
-        progress: Progress | None = None,
+        **start: Any,
     ) -> None:
-        super().__init__(model, tokenizer, config, covariance=covariance, seed=seed, progress=progress)
+        super().__init__(model, tokenizer, config, **start)
         self._spaces: dict[int, NullSpace] = {}
         self._keys: dict[int, Tensor] = {}  # layer -> K_p (d_in, m)
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from editors.sites import Sites
+
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
@@ -69,12 +71,53 @@ class EditStream(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class EditorConfig:
+    """What every editor that names its blocks has; subclasses add the method's choices."""
+
+    layers: tuple[int, ...]  # edited blocks, ascending
+
+    def __post_init__(self) -> None:
+        check_layers("layers", self.layers)
+
+
+def check_layers(name: str, layers: tuple[int, ...]) -> None:
+    """Raise ValueError unless these are block numbers, ascending, at least one."""
+    if not layers:
+        raise ValueError(f"{name} is empty; name at least one MLP layer")
+    if list(layers) != sorted(set(layers)) or layers[0] < 0:
+        raise ValueError(f"{name} {list(layers)} must be ascending, not negative, each once")
+
+
 Covariance = Callable[[int], Tensor]  # layer -> (d_in, d_in), uncentered second moment of the keys
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
 class Editor(Protocol):
     """An editing method with its settings; ``start`` binds it to one model."""
+
+    @property
+    def config(self) -> Any:
+        """Its settings, a frozen dataclass with ``layers``, the blocks it touches."""
+        ...
+
+    def parameters(self, sites: Sites) -> tuple[str, ...]:
+        """Names of the parameters it may change, lowest block first."""
+        ...
+
+    def statistics(self) -> tuple[int, ...]:
+        """Layers whose covariance it asks for."""
+        ...
+
+    def released(
+        self, base: Mapping[str, Tensor], edited: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The weights to use, given those before all edits and those the stream left, and notes on them.
+
+        The same weights for all but the methods that restrain the whole change afterwards; the stream
+        itself goes on from ``edited``.
+        """
+        ...
 
     def start(
         self,

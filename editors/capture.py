@@ -71,17 +71,17 @@ def record_calls(model: PreTrainedModel, sites: Sites, *, first: int, **inputs: 
 
 
 class CollectedPrefix(DynamicCache):
-    """Keeps, of the blocks above one, the keys and values of the first positions of every row."""
+    """Keeps, of the blocks from one on, the keys and values of the first positions of every row."""
 
-    def __init__(self, above: int, positions: int) -> None:
+    def __init__(self, first: int, positions: int) -> None:
         super().__init__()
-        self.above, self.positions = above, positions
+        self.first, self.positions = first, positions
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if layer_idx > self.above:
+        if layer_idx >= self.first:
             part = slice(0, self.positions)
             self.kept[layer_idx] = (key_states[:, :, part].clone(), value_states[:, :, part].clone())
         return key_states, value_states
@@ -138,6 +138,36 @@ def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+@contextmanager
+def added_to_first(module: nn.Module, vectors: Tensor) -> Iterator[None]:
+    """Add to a module's output (rows, length, d_out), at each row's first position, one of ``vectors``.
+
+    vectors: (rows, d_out), float32 or better; the sum is taken in their precision.
+    """
+
+    def move(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        first = out[:, 0].to(vectors.dtype) + vectors
+        return torch.cat([first.to(out.dtype)[:, None], out[:, 1:]], dim=1)
+
+    handle = module.register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def logits_of(model: PreTrainedModel, sites: Sites, hidden: Tensor) -> Tensor:
+    """Logits (..., V) of the last block's output (..., d_model)."""
+    return head_logits(model, model.get_submodule(sites.final_norm)(hidden))
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (..., V) of normed hidden states (..., d_model): the head, and soft-capping where it is used."""
+    logits: Tensor = model.get_output_embeddings()(hidden)  # type: ignore[no-untyped-call]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @contextmanager

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.api import Covariance, EditRequest, LowRank, Progress, WeightDeltas
+from editors.api import Covariance, EditRequest, LowRank, Progress, WeightDeltas, dense
 from editors.contexts import BARE, Contexts, sample_contexts
 from editors.rows import SubjectRows
-from editors.sites import sites_for
-from editors.targets import TargetConfig, Targets, optimise_targets
+from editors.sites import Place, Sites, sites_for
+from editors.targets import TargetConfig, Targets, TargetSource, optimise_targets
 
 
 class ClosedFormStream(ABC):
@@ -29,7 +29,11 @@ class ClosedFormStream(ABC):
     batch left behind, as in the reference codes; under the merged chain it is the merged model.
     """
 
-    remembers = False  # whether earlier batches' keys matter to later ones
+    remembers: ClassVar[bool] = False  # whether earlier batches' keys matter to later ones
+    place: ClassVar[Place] = "block"  # whose output at the z-layer the target values are for
+    own_targets: ClassVar[bool] = False  # True: each layer is the z-layer of target values of its own
+    bare: ClassVar[Contexts] = Contexts(((BARE,),))
+    in_place: ClassVar[bool] = True  # whether walking the layers leaves what is committed, to the last bit
 
     def __init__(
         self,
@@ -40,18 +44,44 @@ class ClosedFormStream(ABC):
         covariance: Covariance,
         seed: int,
         progress: Progress | None = None,
+        targets: TargetSource = optimise_targets,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.covariance, self.progress = covariance, progress
+        self.covariance, self.progress, self.target_source = covariance, progress, targets
         self.sites = sites_for(model)
         self.sites.check_layers(model, config.layers)
-        self.contexts = sample_contexts(model, tokenizer, seed=seed)
+        self.contexts = self.sample_contexts(seed)
         self.targets: Targets | None = None  # of the last batch, for reports
         self._unsettled: list[EditRequest] = []
+
+    # -- what a method chooses ----------------------------------------------------------------------------
 
     @abstractmethod
     def solve(self, layer: int, keys: Tensor) -> Tensor:
         """Q (d_in, n), float64, for the keys (d_in, n) of one layer."""
+
+    def sample_contexts(self, seed: int) -> Contexts:
+        """The context templates, sampled from the unedited model."""
+        return sample_contexts(self.model, self.tokenizer, seed=seed)
+
+    def target_values(self, requests: Sequence[EditRequest], layer: int) -> Targets:
+        """Target values of a batch for the output at ``layer``, on the model as it is."""
+        return self.target_source(
+            self.model, self.tokenizer, requests, self.contexts, self.config,
+            layer=layer, progress=self._tell_targets(layer),
+        )  # fmt: skip
+
+    def spread(self, remaining: int) -> float:
+        """What the residual is divided by at a layer, of so many layers still to change."""
+        return 1.0 if self.own_targets else remaining
+
+    def written(self, name: str, delta: LowRank) -> Tensor | LowRank:
+        """The change to write at one layer before the next one is computed."""
+        return delta
+
+    def committed(self, name: str, before: Tensor, delta: Tensor | LowRank) -> Tensor | LowRank:
+        """The change to leave behind after all layers, given the weight before the batch."""
+        return delta
 
     def remember(self, layer: int, keys: Tensor) -> None:  # noqa: B027
         """Take up the keys (d_in, n) of a finished batch at one layer; nothing by default."""
@@ -63,44 +93,55 @@ class ClosedFormStream(ABC):
     def recall(self, memory: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Take up what ``memory`` returned; nothing by default."""
 
+    # -- what all share -----------------------------------------------------------------------------------
+
     def edit(self, requests: Sequence[EditRequest]) -> WeightDeltas:
         """Write one batch into the model.
 
-        Returns low-rank changes in the parameters' stored shapes. Raises FloatingPointError if an update
-        is not finite, with the weights as they were before.
+        Returns the changes in the parameters' stored shapes, low-rank where the method's are. Raises
+        FloatingPointError if an update is not finite, with the weights as they were before.
         """
         self._settle()
         layers = self.config.layers
-        self.targets = optimise_targets(
-            self.model, self.tokenizer, requests, self.contexts, self.config,
-            progress=self._tell("target values"),
-        )  # fmt: skip
-        wanted = self.targets.values.T  # (d_out, n)
-        rows = SubjectRows(self.model, self.tokenizer, requests, self.contexts, layers[0])
-        bare = SubjectRows(self.model, self.tokenizer, requests, Contexts(((BARE,),)), layers[0])
-        before: dict[str, Tensor] = {}
-        deltas: dict[str, LowRank] = {}
-        tell = self._tell("updates")
+        before = {name: self.model.get_parameter(name).detach().clone() for name in map(self._name, layers)}
         try:
-            for i, layer in enumerate(layers):
-                rows.advance(layer)
-                bare.advance(layer)
-                residual = (wanted - bare.states(layers[-1])) / (len(layers) - i)
-                delta = self._low_rank(residual, self.solve(layer, rows.keys()))
-                name = self.sites.weight_name(layer)
-                weight = self.model.get_parameter(name)
-                before[name] = weight.detach().clone()
-                _add(weight, delta)
-                if not torch.isfinite(weight).all():
-                    raise FloatingPointError(f"the update of {name} is not finite; the batch is undone")
-                deltas[name] = delta
-                tell(i + 1, len(layers))
+            deltas = self._walk(requests)
+            final = {name: self.committed(name, before[name], delta) for name, delta in deltas.items()}
+            if not self.in_place:
+                self._put(before)
+                for name, delta in final.items():
+                    self._add(self.model.get_parameter(name), delta)
         except BaseException:
-            with torch.no_grad():
-                for name, old in before.items():
-                    self.model.get_parameter(name).copy_(old)
+            self._put(before)
             raise
         self._unsettled = list(requests) if self.remembers else []
+        return final
+
+    def _walk(self, requests: Sequence[EditRequest]) -> dict[str, Tensor | LowRank]:
+        """Change layer after layer in place; the changes."""
+        layers = self.config.layers
+        rows = self._rows(requests, self.contexts)
+        bare = self._rows(requests, self.bare)
+        deltas: dict[str, Tensor | LowRank] = {}
+        tell = self._tell("updates")
+        for i, layer in enumerate(layers):
+            z_layer = layer if self.own_targets else layers[-1]
+            if i == 0 or self.own_targets:
+                self.targets = self.target_values(requests, z_layer)
+            assert self.targets is not None
+            rows.advance(layer)
+            bare.advance(layer)
+            residual = self.targets.values.T - bare.states(z_layer, self.place)  # (d_out, n)
+            residual = residual / self.spread(len(layers) - i)
+            name = self._name(layer)
+            delta = self.written(name, self._low_rank(residual, self.solve(layer, rows.keys())))
+            weight = self.model.get_parameter(name)
+            self._add(weight, delta)
+            if not torch.isfinite(weight).all():
+                raise FloatingPointError(f"the update of {name} is not finite; the batch is undone")
+            deltas[name] = delta
+            if z_layer == layers[-1]:
+                tell(i + 1, len(layers))
         return deltas
 
     def notes(self) -> dict[str, Any]:
@@ -127,18 +168,39 @@ class ClosedFormStream(ABC):
     def _settle(self) -> None:
         if not self._unsettled:
             return
-        layers = self.config.layers
-        rows = SubjectRows(self.model, self.tokenizer, self._unsettled, self.contexts, layers[0])
-        for layer in layers:
+        rows = self._rows(self._unsettled, self.contexts)
+        for layer in self.config.layers:
             rows.advance(layer)
             self.remember(layer, rows.keys())
         self._unsettled = []
+
+    def _rows(self, requests: Sequence[EditRequest], contexts: Contexts) -> SubjectRows:
+        return SubjectRows(self.model, self.tokenizer, requests, contexts, self.config.layers[0])
+
+    def _name(self, layer: int) -> str:
+        return self.sites.weight_name(layer)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in weights.items():
+            self.model.get_parameter(name).copy_(value)
+
+    @torch.no_grad()
+    def _add(self, weight: Tensor, delta: Tensor | LowRank) -> None:
+        weight += dense(delta).to(weight)
 
     def _low_rank(self, residual: Tensor, right: Tensor) -> LowRank:
         dtype = residual.dtype
         if self.sites.transposed:
             return LowRank(right.to(dtype).contiguous(), residual.T.contiguous())
         return LowRank(residual.contiguous(), right.T.to(dtype).contiguous())
+
+    def _tell_targets(self, layer: int) -> Callable[[int, int], None]:
+        """Progress of target values; of layers with own ones each is a part."""
+        tell = self._tell("target values")
+        parts = self.config.layers if self.own_targets else (layer,)
+        before = parts.index(layer)
+        return lambda done, total: tell(before * total + done, len(parts) * total)
 
     def _tell(self, what: str) -> Callable[[int, int], None]:
         progress = self.progress
@@ -152,6 +214,20 @@ class ClosedFormEditor:
     stream: ClassVar[type[ClosedFormStream]]
     config: TargetConfig
 
+    def parameters(self, sites: Sites) -> tuple[str, ...]:
+        """The MLP output projections of the layers."""
+        return tuple(sites.weight_name(layer) for layer in self.config.layers)
+
+    def statistics(self) -> tuple[int, ...]:
+        """All edited layers."""
+        return self.config.layers
+
+    def released(
+        self, base: Mapping[str, Tensor], edited: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The edited weights as they are."""
+        return dict(edited), {}
+
     def start(
         self,
         model: PreTrainedModel,
@@ -160,10 +236,10 @@ class ClosedFormEditor:
         covariance: Covariance,
         seed: int,
         progress: Progress | None = None,
+        targets: TargetSource = optimise_targets,
     ) -> ClosedFormStream:
-        return self.stream(model, tokenizer, self.config, covariance=covariance, seed=seed, progress=progress)
-
-
-@torch.no_grad()
-def _add(weight: Tensor, delta: LowRank) -> None:
-    weight += delta.dense().to(weight)
+        """Bind to a model; ``targets`` replaces the optimisation of target values, to reuse some."""
+        return self.stream(
+            model, tokenizer, self.config,
+            covariance=covariance, seed=seed, progress=progress, targets=targets,
+        )  # fmt: skip

@@ -3,6 +3,7 @@
 Shapes share letters: ``d_in``, ``d_out``, ``n`` keys of this batch, ``m`` keys of earlier batches.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,6 +117,48 @@ def alphaedit_right(space: NullSpace, keys: Tensor, earlier: Tensor | None, ridg
     overlap = gram[:, -keys.shape[1] :].clone()  # K_a^T P K
     gram.diagonal().add_(ridge)
     return (mine - projected @ torch.cholesky_solve(overlap, torch.linalg.cholesky(gram))) / ridge
+
+
+def equality_right(factor: Tensor, keys: Tensor, ridge: float) -> Tensor:
+    """Q with delta = R Q^T for EMMET: Q = Y (K^T Y + ridge I)^-1, Y = A^-1 K (ALGORITHMS 5.5).
+
+    factor: lower Cholesky factor of A (d_in, d_in), float64; keys: (d_in, n). Returns (d_in, n), float64.
+    """
+    keys = keys.double()
+    solved = torch.cholesky_solve(keys, factor)
+    inner = keys.T @ solved
+    inner.diagonal().add_(ridge)
+    right: Tensor = torch.linalg.solve(inner.T, solved.T).T
+    return right
+
+
+def relative_change_mask(change: Tensor, weight: Tensor, share: float) -> Tensor:
+    """True at the round(share * entries) entries with the largest |change| / (|weight| + 1e-8).
+
+    Exact count; ties go to the lowest flat index (RECT, ALGORITHMS 5.2).
+    """
+    ratio = (change.abs() / (weight.abs() + 1e-8)).flatten()
+    keep = round(share * ratio.numel())
+    if keep == 0:
+        return torch.zeros_like(change, dtype=torch.bool)
+    threshold = ratio.kthvalue(ratio.numel() - keep + 1).values
+    mask = ratio > threshold
+    ties = (ratio == threshold).nonzero().flatten()
+    mask[ties[: keep - int(mask.sum())]] = True
+    return mask.reshape(change.shape)
+
+
+def restrained_change(change: Tensor, weight: Tensor, log_base: float) -> tuple[Tensor, int]:
+    """A change with its singular values above sigma_1(weight) restrained (PRUNE, ALGORITHMS 5.3).
+
+    Above, sigma becomes log_a(sigma) - log_a(sigma_1) + sigma_1; at or below, it stays.
+    change, weight: (rows, columns). Returns the change in float64, and how many values were above.
+    """
+    bound = torch.linalg.matrix_norm(weight.double(), ord=2)
+    left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
+    lowered = (values / bound).log() / math.log(log_base) + bound
+    restrained = torch.where(values > bound, lowered, values)
+    return (left * restrained) @ right, int((values > bound).sum())
 
 
 def weighted_mean(columns: Tensor, weights: Sequence[float]) -> Tensor:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.api import Covariance, Progress
 from editors.closed_form import ClosedFormEditor, ClosedFormStream
 from editors.linalg import Memory, cholesky, remember, solve_with_keys
 from editors.sites import device_of
@@ -36,12 +36,9 @@ class MemitStream(ClosedFormStream):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         config: MemitConfig,
-        *,
-        covariance: Covariance,
-        seed: int,
-        progress: Progress | None = None,
+        **start: Any,
     ) -> None:
-        super().__init__(model, tokenizer, config, covariance=covariance, seed=seed, progress=progress)
+        super().__init__(model, tokenizer, config, **start)
         self._factors: dict[int, Tensor] = {}  # layer -> Cholesky factor of lambda C, (d_in, d_in)
         self._memory: dict[int, Memory] = {}
 
@@ -50,9 +47,13 @@ class MemitStream(ClosedFormStream):
 
     def _factor(self, layer: int, keys: Tensor) -> Tensor:
         if layer not in self._factors:
-            weighted = self.covariance(layer).to(keys.device, torch.float64, copy=True)
-            self._factors[layer] = cholesky(weighted.mul_(self.config.covariance_weight))
+            self._factors[layer] = cholesky(self.preserved(layer, keys))
         return self._factors[layer]
+
+    def preserved(self, layer: int, keys: Tensor) -> Tensor:
+        """A = lambda C (d_in, d_in), float64, a tensor of the caller's own on the keys' device."""
+        weighted = self.covariance(layer).to(keys.device, torch.float64, copy=True)
+        return weighted.mul_(self.config.covariance_weight)
 
 
 class MemitSeqStream(MemitStream):

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.api import EditRequest
-from editors.capture import BlockCalls, inputs_of, pad_right, record_calls
+from editors.capture import BlockCalls, inputs_of, outputs_of, pad_right, record_calls
 from editors.contexts import Contexts
 from editors.linalg import weighted_mean
-from editors.sites import device_of, sites_for
+from editors.sites import Place, device_of, sites_for
 from editors.tokens import locate_subject
 
 PART_TOKENS = 8192  # tokens run at once, padding included
@@ -88,11 +88,20 @@ class SubjectRows:
         return weighted_mean(columns.reshape(-1, self.requests, templates), self.contexts.weights)
 
     @torch.no_grad()
-    def states(self, layer: int) -> Tensor:
-        """Output of block ``layer`` at the rows' last tokens, (d_out, rows), with the present weights."""
+    def states(self, layer: int, place: Place = "block") -> Tensor:
+        """Output of block ``layer``, or of its MLP output projection, at the rows' last tokens.
+
+        (d_out, rows) float32 or better, with the present weights.
+        """
         states: Tensor | None = None
         for part in self.parts:
-            state = part.calls.run(part.hidden, self.layer, layer)[part.at, part.last]
+            if place == "block":
+                output = part.calls.run(part.hidden, self.layer, layer)
+            else:
+                with outputs_of(self.sites.projection(self.model, layer)) as seen:
+                    part.calls.run(part.hidden, self.layer, layer)
+                output = seen[0]
+            state = output[part.at, part.last]
             state = state.to(torch.promote_types(torch.float32, state.dtype))
             if states is None:
                 states = state.new_empty(state.shape[1], self.requests * len(self.contexts.templates))

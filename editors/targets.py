@@ -8,24 +8,29 @@ rounding: edits do not interact, Adam works by element, and a finished edit leav
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.api import EditRequest
+from editors.api import EditorConfig, EditRequest
 from editors.capture import (
     BlockCalls,
     CollectedPrefix,
     FixedPrefix,
+    added_to_first,
     frozen,
+    inputs_of,
+    logits_of,
     outputs_of,
     record_calls,
 )
 from editors.contexts import Contexts
-from editors.sites import device_of, sites_for
+from editors.sites import Place, device_of, sites_for
 from editors.tokens import locate_subject, target_ids
 
 KL_TEMPLATE = "{} is a"
@@ -33,13 +38,13 @@ STEP_TOKENS = 1024  # tokens in one pass of a step; rows beyond go into the next
 POOL = 256  # edits optimised together; bounds the memory of the cached prefixes
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
+SOLVED_FACTOR, SOLVED_KL = 0.1, 0.01  # PMET's rule once every target token is the likeliest
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetConfig:
+class TargetConfig(EditorConfig):
     """How target values are optimised; the names in brackets are the reference codes'."""
 
-    layers: tuple[int, ...]  # edited blocks, ascending; the last is the z-layer
     steps: int = 25  # forward passes; at most steps - 1 updates (v_num_grad_steps)
     learning_rate: float = 0.5  # of Adam (v_lr)
     clamp_norm_factor: float = 0.75  # largest |delta| / |h_init|
@@ -48,10 +53,7 @@ class TargetConfig:
     stop_loss: float = 0.05  # an edit whose loss is below is finished
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ValueError("layers is empty; name at least one MLP layer")
-        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise ValueError(f"layers {list(self.layers)} must be ascending, not negative, each once")
+        super().__post_init__()
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
         for name in ("learning_rate", "clamp_norm_factor"):
@@ -64,7 +66,7 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class Targets:
-    """Result of the optimisation for n edits; everything on the model's device."""
+    """Result of the optimisation for n edits at its first place; everything on the model's device."""
 
     values: Tensor  # (n, d_out), z = h_init + delta, float32 or better
     initial: Tensor  # (n, d_out), h_init
@@ -72,6 +74,30 @@ class Targets:
     last_loss: Tensor  # (n,), total loss of the last forward
     probability: Tensor  # (n,), mean over rows of exp(-NLL) at the last forward
     updates: Tensor  # (n,), Adam steps taken
+
+
+def concatenated(parts: Sequence[Targets]) -> Targets:
+    """The targets of several groups of edits as one."""
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Targets(*(torch.cat(column) for column in columns))
+
+
+class TargetSource(Protocol):
+    """Where an editor gets its target values; ``optimise_targets`` unless a caller keeps some."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[EditRequest],
+        contexts: Contexts,
+        config: TargetConfig,
+        *,
+        layer: int | None = None,
+        places: tuple[Place, ...] = ("block",),
+        nll_factor: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Targets: ...
 
 
 @dataclass(frozen=True)
@@ -107,11 +133,25 @@ def target_rows(
 
 
 class _Pass:
-    """Rows of equal suffix length that run together; shrinks as edits finish."""
+    """Rows of equal suffix length that run together; shrinks as edits finish.
 
-    def __init__(self, model: PreTrainedModel, rows: list[_Row], z_layer: int) -> None:
-        self.model, self.sites, self.z_layer = model, sites_for(model), z_layer
-        self.rows = rows
+    The blocks from ``live`` on are run at every step: those above the z-layer, and the z-layer itself if a
+    vector is added inside it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, rows: list[_Row], z_layer: int, places: tuple[Place, ...]
+    ) -> None:
+        self.model, self.sites, self.rows = model, sites_for(model), rows
+        self.inside = places != ("block",)
+        self.live = z_layer if self.inside else z_layer + 1
+        blocks = self.sites.blocks(model)
+        modules = {
+            "block": blocks[z_layer],
+            "mlp": self.sites.projection(model, z_layer),
+            "attention": model.get_submodule(self.sites.attention_projection.format(z_layer)),
+        }
+        self.modules = [modules[place] for place in places]
         self.suffix = rows[0].suffix
         self.prefix = max(row.subject for row in rows)
         self.device = device_of(model)
@@ -125,13 +165,17 @@ class _Pass:
             mask[i, self.prefix :] = 1
             positions[i, self.prefix :] = torch.arange(row.subject, len(row.ids))
         self.mask, self.positions = mask.to(self.device), positions.to(self.device)
-        collected = CollectedPrefix(above=z_layer, positions=self.prefix)
-        with torch.no_grad(), outputs_of(self.sites.blocks(model)[z_layer]) as outputs:
+        collected = CollectedPrefix(first=self.live, positions=self.prefix)
+        with ExitStack() as watching, torch.no_grad():
+            entering = inputs_of(blocks[z_layer]) if self.inside else outputs_of(blocks[z_layer])
+            hidden = watching.enter_context(entering)
+            outputs = [watching.enter_context(outputs_of(module)) for module in self.modules]
             model.base_model(
                 input_ids=ids.to(self.device), attention_mask=self.mask, position_ids=self.positions,
                 past_key_values=collected, use_cache=True,
             )  # fmt: skip
-        self.hidden = outputs[0][:, self.prefix :].clone()  # (rows, suffix, d_out)
+        self.hidden = hidden[0][:, self.prefix :].clone()  # (rows, suffix, d_model), what enters ``live``
+        self.initial = [output[0][:, self.prefix].clone() for output in outputs]  # per place (rows, d_out)
         self.kept = collected.kept
         self._prepare()
 
@@ -172,19 +216,28 @@ class _Pass:
             self._prepare()
         return bool(keep)
 
-    def log_probabilities(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss positions,) log p of the target tokens, and (KL rows, V) log p at the subject's last token.
+    def log_probabilities(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log p of the target tokens, whether each is the likeliest, and log p over V at the KL rows.
 
-        delta: (n, d_out), one vector per edit.
+        delta: (places, n, d_out), one vector per place and edit. Returns (loss positions,) twice and
+        (KL rows, V); the KL is taken at the subject's last token.
         """
         # index_select throughout: the backward of plain indexing adds by atomics, in no fixed order
-        moved = self.hidden[:, 0].to(delta.dtype) + delta.index_select(0, self.edits)
-        hidden = torch.cat([moved.to(self.hidden.dtype)[:, None], self.hidden[:, 1:]], dim=1)
-        hidden = self.calls.run(hidden, self.z_layer + 1, len(self.calls.blocks) - 1)
+        moves = [vectors.index_select(0, self.edits) for vectors in delta]
+        hidden = self.hidden
+        with ExitStack() as moving:
+            if self.inside:
+                for module, move in zip(self.modules, moves, strict=True):
+                    moving.enter_context(added_to_first(module, move))
+            else:
+                first = hidden[:, 0].to(delta.dtype) + moves[0]
+                hidden = torch.cat([first.to(hidden.dtype)[:, None], hidden[:, 1:]], dim=1)
+            hidden = self.calls.run(hidden, self.live, len(self.calls.blocks) - 1)
         places = hidden.flatten(0, 1)
-        at_loss = self._head(places.index_select(0, self.loss_row * self.suffix + self.loss_position))
+        at_loss = self._log_softmax(places.index_select(0, self.loss_row * self.suffix + self.loss_position))
         token = at_loss.gather(1, self.loss_token[:, None]).squeeze(1)
-        return token, self._head(places.index_select(0, self.kl_row * self.suffix))
+        likeliest = at_loss.detach().argmax(dim=1) == self.loss_token
+        return token, likeliest, self._log_softmax(places.index_select(0, self.kl_row * self.suffix))
 
     def row_probabilities(self, token: Tensor, n: int) -> Tensor:
         """(n,) each edit's share of its mean over rewriting rows of exp(-NLL of the row)."""
@@ -193,10 +246,8 @@ class _Pass:
         mean = token.new_zeros(len(self.rows)).index_add(0, self.loss_row, token) / lengths
         return token.new_zeros(n).index_add(0, self.edits, shares * mean.exp())
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        norm = self.model.get_submodule(self.sites.final_norm)
-        head = self.model.get_submodule(self.sites.head)
-        logits = head(norm(hidden))
+    def _log_softmax(self, hidden: Tensor) -> Tensor:
+        logits = logits_of(self.model, self.sites, hidden)
         return functional.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 
@@ -221,116 +272,156 @@ def optimise_targets(
     contexts: Contexts,
     config: TargetConfig,
     *,
+    layer: int | None = None,
+    places: tuple[Place, ...] = ("block",),
+    nll_factor: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Targets:
-    """Target values of all requests on the model as it is (ALGORITHMS 2.1, MEMIT and AlphaEdit).
+    """Target values of all requests on the model as it is (ALGORITHMS 2).
 
     Per edit: mean over rewriting rows of the NLL per target token, plus kl_factor times KL(p_delta || p_0)
     at the subject's last token of "{subject} is a", plus weight_decay |delta| / |h_init|^2; Adam on delta;
     after each step |delta| is clamped to clamp_norm_factor |h_init|; stops below stop_loss.
 
-    progress: called with (edit-steps done, edit-steps at most) after each step.
+    layer:      the z-layer; the last of config.layers by default.
+    places:     whose outputs at the z-layer vectors are added to, at the subject's last token: the block
+                (MEMIT), its MLP output projection (ROME), both projections (PMET). Each vector has its own
+                h_init, decay and clamp; one Adam holds all. The result is the first place's.
+    nll_factor: PMET's rule if given: the NLL counts this much; while every target token is the likeliest in
+                every row, the next step takes SOLVED_FACTOR of it, and the edit is finished once the
+                weighted KL is at most SOLVED_KL.
+    progress:   called with (edit-steps done, edit-steps at most) after each step.
     Raises FloatingPointError, naming the case, if a loss is not finite.
     """
+    layer = config.layers[-1] if layer is None else layer
     pools = [requests[i : i + POOL] for i in range(0, len(requests), POOL)]
     results: list[Targets] = []
     total, before = len(requests) * config.steps, 0
     for pool in pools:
         tell = (lambda done, offset=before: progress(offset + done, total)) if progress else None
         with frozen(model):
-            results.append(_optimise(model, tokenizer, pool, contexts, config, tell))
+            rows = target_rows(tokenizer, pool, contexts)
+            passes = [_Pass(model, part, layer, places) for part in _passes(rows)]
+            results.append(_optimise(passes, pool, config, nll_factor, tell))
         before += len(pool) * config.steps
-    columns = zip(*(vars(result).values() for result in results), strict=True)
-    return Targets(*(torch.cat(column) for column in columns))
+    return concatenated(results)
 
 
 def _optimise(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    passes: list[_Pass],
     requests: Sequence[EditRequest],
-    contexts: Contexts,
     config: TargetConfig,
+    nll_factor: float | None,
     progress: Callable[[int], None] | None,
 ) -> Targets:
     """One pool of edits, from delta = 0 to the last unfinished one."""
     n = len(requests)
-    rows = target_rows(tokenizer, requests, contexts)
-    passes = [_Pass(model, part, config.layers[-1]) for part in _passes(rows)]
     initial = _initial_states(passes, n)
-    scale = initial.norm(dim=1)
+    scale = initial.norm(dim=2)  # (places, n)
     adam = _Adam(initial, config.learning_rate)
     delta = torch.zeros_like(initial)
     active = torch.ones(n, dtype=torch.bool, device=initial.device)
     updates = torch.zeros(n, dtype=torch.long, device=initial.device)
-    first_loss, last_loss, probability = (torch.zeros_like(scale) for _ in range(3))
+    first_loss, last_loss, probability = (scale.new_zeros(n) for _ in range(3))
+    full = scale.new_full((n,), 1.0 if nll_factor is None else nll_factor)
+    factor = full
     unmoved: dict[int, Tensor] = {}  # edit -> (V,) log p_0 at its KL row
 
     for step in range(config.steps):
         last = step == config.steps - 1
-        loss, gradient, likely = _evaluate(passes, delta, unmoved, config.kl_factor, backward=not last)
-        size = delta.norm(dim=1)
-        loss = loss + config.weight_decay * size / scale**2
+        found = _evaluate(passes, delta, factor, unmoved, config.kl_factor, backward=not last)
+        size = delta.norm(dim=2)
+        loss = factor * found.nll + found.kl + (config.weight_decay * size / scale**2).sum(dim=0)
         _check_finite(loss, active, requests, step)
         if step == 0:
             first_loss = loss
         last_loss = torch.where(active, loss, last_loss)
-        probability = torch.where(active, likely, probability)
+        probability = torch.where(active, found.probability, probability)
         active = active & (loss >= config.stop_loss)
+        if nll_factor is not None:
+            active = active & ~(found.solved & (found.kl <= SOLVED_KL))
+            factor = torch.where(found.solved, SOLVED_FACTOR * full, full)
         if progress:
             unfinished = int(active.sum())
             progress((step + 1) * unfinished + config.steps * (n - unfinished))
         if last or not active.any():
             break
         tiny = torch.finfo(size.dtype).tiny  # the decay's gradient is zero at delta = 0
-        gradient += (config.weight_decay / (size.clamp(min=tiny) * scale**2))[:, None] * delta
+        decay = config.weight_decay / (size.clamp(min=tiny) * scale**2)
+        gradient = found.gradient + decay[..., None] * delta
         moved = _clamped(delta - adam.step(gradient), config.clamp_norm_factor * scale)
         delta = torch.where(active[:, None], moved, delta)
         updates += active
         finished = set((~active).nonzero().flatten().tolist())
         passes = [part for part in passes if part.drop(finished)]
 
-    return Targets(initial + delta, initial, first_loss, last_loss, probability, updates)
+    values = (initial + delta)[0]
+    return Targets(values, initial[0], first_loss, last_loss, probability, updates)
 
 
 def _initial_states(passes: Sequence[_Pass], n: int) -> Tensor:
-    """h_init (n, d_out) in float32 or better: the z-layer's output at the bare template's subject."""
-    hidden = passes[0].hidden
-    initial = hidden.new_empty(n, hidden.shape[-1], dtype=torch.promote_types(torch.float32, hidden.dtype))
+    """h_init (places, n, d_out) in float32 or better: the places' outputs at the bare template's subject."""
+    like = passes[0].initial
+    dtype = torch.promote_types(torch.float32, like[0].dtype)
+    initial = like[0].new_empty(len(like), n, like[0].shape[-1], dtype=dtype)
     for part in passes:
         for i, row in enumerate(part.rows):
             if row.bare:
-                initial[row.edit] = part.hidden[i, 0].to(initial.dtype)
+                for place, states in enumerate(part.initial):
+                    initial[place, row.edit] = states[i].to(dtype)
     return initial
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """One forward, and backward, of all passes; per edit."""
+
+    nll: Tensor  # (n,), mean over rewriting rows of the NLL per target token
+    kl: Tensor  # (n,), weighted
+    gradient: Tensor  # (places, n, d_out), of factor * nll + kl
+    probability: Tensor  # (n,), mean over rewriting rows of exp(-NLL)
+    solved: Tensor  # (n,), every target token is the likeliest in every row
+
+
 def _evaluate(
-    passes: Sequence[_Pass], delta: Tensor, unmoved: dict[int, Tensor], kl_factor: float, *, backward: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per edit: NLL plus weighted KL (n,), its gradient by delta (n, d_out), mean row probability (n,).
+    passes: Sequence[_Pass],
+    delta: Tensor,
+    factor: Tensor,
+    unmoved: dict[int, Tensor],
+    kl_factor: float,
+    *,
+    backward: bool,
+) -> _Evaluation:
+    """The loss terms at delta (places, n, d_out), the NLL weighted by factor (n,) in the gradient.
 
     unmoved: log p_0 of the KL rows; filled by the first call, where delta is zero.
     """
-    n, dtype = len(delta), delta.dtype
-    loss, likely, gradient = delta.new_zeros(n), delta.new_zeros(n), torch.zeros_like(delta)
+    n, dtype = delta.shape[1], delta.dtype
+    nll, kl, likely, misses = (delta.new_zeros(n) for _ in range(4))
+    gradient = torch.zeros_like(delta)
     for part in passes:
         leaf = delta.detach().requires_grad_(backward)
         with torch.set_grad_enabled(backward):
-            token, at_subject = part.log_probabilities(leaf)
+            token, likeliest, at_subject = part.log_probabilities(leaf)
             token = token.to(dtype)
             edits = part.edits[part.loss_row]
             own = delta.new_zeros(n).index_add(0, edits, -part.loss_share.to(dtype) * token)
+            nll += own.detach()
+            own = factor * own
             if len(part.kl_row):
-                edits = part.edits[part.kl_row]
-                for edit, row in zip(edits.tolist(), at_subject.detach(), strict=True):
+                edits_kl = part.edits[part.kl_row]
+                for edit, row in zip(edits_kl.tolist(), at_subject.detach(), strict=True):
                     unmoved.setdefault(edit, row)
-                start = torch.stack([unmoved[edit] for edit in edits.tolist()])
+                start = torch.stack([unmoved[edit] for edit in edits_kl.tolist()])
                 divergence = (at_subject.exp() * (at_subject - start)).sum(dim=1).to(dtype)
-                own = own.index_add(0, edits, kl_factor * divergence)
+                apart = delta.new_zeros(n).index_add(0, edits_kl, kl_factor * divergence)
+                kl += apart.detach()
+                own = own + apart
             if backward:
                 gradient += torch.autograd.grad(own.sum(), leaf)[0]
-        loss += own.detach()
         likely += part.row_probabilities(token.detach(), n)
-    return loss, gradient, likely
+        misses.index_add_(0, edits, (~likeliest).to(dtype))
+    return _Evaluation(nll, kl, gradient, likely, misses == 0)
 
 
 def _check_finite(loss: Tensor, active: Tensor, requests: Sequence[EditRequest], step: int) -> None:
@@ -343,13 +434,13 @@ def _check_finite(loss: Tensor, active: Tensor, requests: Sequence[EditRequest],
 
 
 def _clamped(vectors: Tensor, longest: Tensor) -> Tensor:
-    """Rows of (n, d) scaled down to at most ``longest`` (n,)."""
-    length = vectors.norm(dim=1)
-    return torch.where((length > longest)[:, None], vectors * (longest / length)[:, None], vectors)
+    """Vectors (places, n, d) scaled down to at most ``longest`` (places, n)."""
+    length = vectors.norm(dim=2)
+    return torch.where((length > longest)[..., None], vectors * (longest / length)[..., None], vectors)
 
 
 class _Adam:
-    """Adam on (n, d) with one step count: a pool's edits start together and finished ones are dropped."""
+    """Adam on (places, n, d) with one step count: edits start together and finished ones are dropped."""
 
     def __init__(self, like: Tensor, learning_rate: float) -> None:
         self.learning_rate, self.steps = learning_rate, 0

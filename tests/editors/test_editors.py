@@ -1,6 +1,7 @@
 """What every editor owes: the shared suite, and the editors against literal one-by-one updates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,15 +9,31 @@ from torch import Tensor
 
 from benchmarks import reference, tiny
 from editors import EDITORS, EditRequest, dense
-from editors.contexts import Contexts, sample_contexts
+from editors.api import Covariance
+from editors.closed_form import ClosedFormEditor
+from editors.contexts import Contexts, sample_contexts, sample_rome_contexts
 from editors.linalg import null_space
 
 LAYERS = (1, 2, 3)
 CONTEXTS = Contexts(tuple(tuple(group) for group in tiny.TEMPLATES))
-FIELDS = {
-    "memit": {"covariance_weight": 50.0},
-    "memit-seq": {"covariance_weight": 50.0},
-    "alphaedit": {"ridge": 0.1},
+ROME_CONTEXTS = Contexts((CONTEXTS.templates,))
+CLOSED = sorted(name for name, (_, kind) in EDITORS.items() if issubclass(kind, ClosedFormEditor))
+LAMBDA = 50.0
+MEMIT = {"layers": LAYERS, "steps": 5, "covariance_weight": LAMBDA}
+FIELDS: dict[str, dict[str, Any]] = {
+    "rome": {"layers": (2,), "steps": 5},
+    "r-rome": {"layers": (2,), "steps": 5},
+    "memit": MEMIT,
+    "memit-seq": MEMIT,
+    "memit+blue": MEMIT | {"layers": (1, 3)},
+    "emmet": MEMIT,
+    "pmet": MEMIT,
+    "rect": MEMIT,
+    "prune": MEMIT,
+    "alphaedit": {"layers": LAYERS, "steps": 5, "ridge": 0.1},
+    "alphaedit+blue": {"layers": (1, 3), "steps": 5, "ridge": 0.1},
+    "ft": {"layers": (2,), "steps": 3},
+    "ultraedit": {"down_layers": (2, 3)},
 }
 
 
@@ -29,9 +46,8 @@ def covariance(layer: int) -> Tensor:
 
 def stream(name, model, tokenizer, **fields):  # type: ignore[no-untyped-def]
     config, kind = EDITORS[name]
-    fields = {"layers": LAYERS, "steps": 5} | FIELDS[name] | fields
-    started = kind(config(**fields)).start(model, tokenizer, covariance=covariance, seed=0)
-    started.contexts = CONTEXTS
+    started = kind(config(**FIELDS[name] | fields)).start(model, tokenizer, covariance=covariance, seed=0)
+    started.contexts = ROME_CONTEXTS if "rome" in name else CONTEXTS
     return started
 
 
@@ -62,7 +78,7 @@ def test_deltas_are_what_changed_and_undo_it(name: str, model_type: str) -> None
         assert changed == set(deltas)
         for n, delta in deltas.items():
             assert torch.equal(start[n] + dense(delta), after[n])
-            assert delta.left.shape[1] == len(batch)
+            assert n in EDITORS[name][1](editing.config).parameters(editing.sites)
     for n in changed:
         assert not torch.equal(before[n], after[n])
         torch.testing.assert_close(after[n] - dense(deltas[n]), start[n])
@@ -99,12 +115,13 @@ def test_a_restored_stream_goes_on_bit_for_bit(name: str) -> None:
     assert all(torch.equal(dense(expected[n]), dense(found[n])) for n in expected)
 
 
+@pytest.mark.parametrize("name", CLOSED)
 def test_a_failed_batch_is_undone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.tiny_model("gpt2"), tiny.tiny_tokenizer(bos=False)
     editing = stream(name, model, tokenizer)
-    solve = editing.solve
+    solve, last = editing.solve, editing.config.layers[-1]
     monkeypatch.setattr(
-        editing, "solve", lambda layer, keys: solve(layer, keys) * (float("nan") if layer == 3 else 1)
+        editing, "solve", lambda layer, keys: solve(layer, keys) * (float("nan") if layer == last else 1)
     )
     before = weights(model)
     with pytest.raises(FloatingPointError, match="undone"):
@@ -112,38 +129,53 @@ def test_a_failed_batch_is_undone(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert all(torch.equal(before[n], value) for n, value in weights(model).items())
 
 
+def literal(name: str, moment: Covariance) -> Callable[..., dict[str, Tensor]]:
+    """The literal update of one batch: (model, tokenizer, requests) -> changes. Holds the method's memory."""
+    fields = FIELDS[name]
+    settings = reference.TargetSettings(
+        steps=5, lr=0.5, clamp=4.0 if "rome" in name else 0.75, kl=0.0625, decay=0.5
+    )
+    memory = reference.KeyMemory()
+    projectors = lambda layer: reference.nullspace_projector(moment(layer), 2e-2)
+    shared: dict[str, Any] = {"layers": fields["layers"], "settings": settings}
+    weighted = shared | {"covariances": moment, "weight": LAMBDA}
+    projected = shared | {"projectors": projectors, "ridge": 0.1, "memory": memory}
+    one = {"layer": 2, "covariance": moment(2), "use_covariance": True, "settings": settings}
+    batch, more = {
+        "memit": (reference.memit_batch, weighted),
+        "memit-seq": (reference.memit_seq_batch, weighted | {"memory": memory}),
+        "memit+blue": (reference.blue_memit_batch, weighted),
+        "emmet": (reference.emmet_batch, weighted),
+        "pmet": (reference.pmet_batch, weighted),
+        "prune": (reference.memit_batch, weighted),
+        "rect": (reference.rect_batch, weighted),
+        "alphaedit": (reference.alphaedit_batch, projected),
+        "alphaedit+blue": (reference.blue_alphaedit_batch, projected),
+        "rome": (reference.rome_batch, one | {"robust": False}),
+        "r-rome": (reference.rome_batch, one | {"robust": True}),
+    }[name]
+    templates: Any = ROME_CONTEXTS.templates if "rome" in name else tiny.TEMPLATES
+    return lambda model, tokenizer, requests: batch(model, tokenizer, requests, templates, **more)
+
+
+@pytest.mark.parametrize("name", CLOSED)
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
 @pytest.mark.parametrize("square", [False, True], ids=["oblong", "square"])
 def test_three_batches_equal_the_literal_updates(name: str, model_type: str, square: bool) -> None:
     """Float64; the literal form forms C_p and solves d_in x d_in systems, one forward a prompt."""
     d_ff = 32 if square else 48
     tokenizer = tiny.tiny_tokenizer(bos=True)
-    make = lambda: tiny.tiny_model(model_type, dtype=torch.float64, d_ff=d_ff)
+    model, other = (tiny.tiny_model(model_type, dtype=torch.float64, d_ff=d_ff) for _ in range(2))
     moment = lambda layer: covariance(layer)[:d_ff, :d_ff]
-    model, other = make(), make()
     config, kind = EDITORS[name]
-    editing = kind(config(layers=LAYERS, steps=5, **FIELDS[name])).start(
-        model, tokenizer, covariance=moment, seed=0
-    )
-    editing.contexts = CONTEXTS
-    memory = reference.KeyMemory()
-    shared = {"layers": LAYERS, "settings": reference.TargetSettings(steps=5, lr=0.5, clamp=0.75)}
+    editing = kind(config(**FIELDS[name])).start(model, tokenizer, covariance=moment, seed=0)
+    editing.contexts = ROME_CONTEXTS if "rome" in name else CONTEXTS
+    expected = literal(name, moment)
     for batch in batches():
         deltas = editing.edit(batch)
-        arguments = (other, tokenizer, batch, tiny.TEMPLATES)
-        if name == "memit":
-            literal = reference.memit_batch(*arguments, covariances=moment, weight=50.0, **shared)
-        elif name == "memit-seq":
-            literal = reference.memit_seq_batch(
-                *arguments, covariances=moment, weight=50.0, memory=memory, **shared
-            )
-        else:
-            literal = reference.alphaedit_batch(
-                *arguments, projectors=lambda layer: reference.nullspace_projector(moment(layer), 2e-2),
-                ridge=0.1, memory=memory, **shared,
-            )  # fmt: skip
+        changes = expected(other, tokenizer, batch)
         for n, delta in deltas.items():
-            torch.testing.assert_close(dense(delta), literal[n].double(), rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(dense(delta), changes[n].double(), rtol=1e-6, atol=1e-9)
 
 
 def test_memit_seq_equals_memit_on_the_first_batch_and_not_on_the_second() -> None:
@@ -186,6 +218,16 @@ def test_contexts_are_short_seeded_and_leave_the_random_state_alone() -> None:
     for template in contexts.templates[1:]:
         assert template.count("{}") == 1 and template.endswith(". {}")
         assert tiny.BOS not in template and tiny.EOS not in template
+
+
+def test_rome_contexts_are_one_group_of_two_lengths() -> None:
+    model, tokenizer = tiny.tiny_model("llama"), tiny.tiny_tokenizer(bos=False)
+    contexts = sample_rome_contexts(model, tokenizer, seed=0)
+    assert len(contexts.groups) == 1 and len(contexts.templates) == 21
+    assert contexts.weights == (1 / 21,) * 21
+    lengths = [len(tokenizer(text.removesuffix(". {}"))["input_ids"]) for text in contexts.templates[1:]]
+    assert sum(lengths[:10]) < sum(lengths[10:])
+    assert len(set(contexts.templates)) > 11  # the two continuations of a start differ
 
 
 @pytest.mark.parametrize(

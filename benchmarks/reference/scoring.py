@@ -1,0 +1,82 @@
+"""Scores of one prompt, and rates from them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.reference.models import frozen, full_precision
+from benchmarks.reference.tokens import encode, filled, target_ids
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How a model predicts one continuation under teacher forcing."""
+
+    nll: float  # mean per token
+    sum_nll: float
+    argmax: bool  # every token is the most likely one
+
+
+@torch.no_grad()
+def likelihood(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, target: str
+) -> Likelihood:
+    """Score one prompt and one target; token j of the target is read at ``len(prompt_ids) + j - 1``."""
+    prompt_ids = encode(tokenizer, prompt)
+    ids = target_ids(tokenizer, target)
+    with frozen(model):
+        logits = model(torch.tensor([prompt_ids + ids], device=model.device), use_cache=False).logits[0]
+    log_p = torch.log_softmax(full_precision(logits), dim=-1)
+    places = [len(prompt_ids) + j - 1 for j in range(len(ids))]
+    nlls = [-log_p[place, token].item() for place, token in zip(places, ids, strict=True)]
+    right = [int(log_p[place].argmax()) == token for place, token in zip(places, ids, strict=True)]
+    return Likelihood(math.fsum(nlls) / len(nlls), math.fsum(nlls), all(right))
+
+
+def score_record(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """One row per prompt of a CounterFact record, by the names of the cases file."""
+    rewrite = record["requested_rewrite"]
+    prompts = [("rewrite", 0, filled(rewrite["prompt"], rewrite["subject"]))]
+    prompts += [("paraphrase", i, text) for i, text in enumerate(record["paraphrase_prompts"])]
+    prompts += [("neighborhood", i, text) for i, text in enumerate(record["neighborhood_prompts"])]
+    rows: list[dict[str, Any]] = []
+    for kind, index, prompt in prompts:
+        row: dict[str, Any] = {"kind": kind, "index": index, "prompt": prompt}
+        for which in ("new", "true"):
+            found = likelihood(model, tokenizer, prompt, rewrite[f"target_{which}"]["str"])
+            row |= {
+                f"nll_{which}": found.nll,
+                f"sum_nll_{which}": found.sum_nll,
+                f"argmax_{which}": found.argmax,
+            }
+        rows.append(row)
+    return rows
+
+
+def counterfact_rates(records: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Rates from the rows of several records: mean over prompts inside a record, then over records.
+
+    Success is strict; a tie fails. ``score`` is the harmonic mean of the three, zero when one is zero.
+    """
+    kinds = {"efficacy": "rewrite", "generalization": "paraphrase", "locality": "neighborhood"}
+    rates: dict[str, float] = {}
+    for metric, kind in kinds.items():
+        target, other = ("true", "new") if kind == "neighborhood" else ("new", "true")
+        success, argmax = [], []
+        for rows in records:
+            chosen = [row for row in rows if row["kind"] == kind]
+            if chosen:
+                won = [row[f"nll_{target}"] < row[f"nll_{other}"] for row in chosen]
+                success.append(sum(won) / len(won))
+                argmax.append(sum(bool(row[f"argmax_{target}"]) for row in chosen) / len(chosen))
+        rates[metric] = math.fsum(success) / len(success)
+        rates[f"{metric}_argmax"] = math.fsum(argmax) / len(argmax)
+    three = [rates[metric] for metric in kinds]
+    rates["score"] = 3 / math.fsum(1 / rate for rate in three) if all(three) else 0.0
+    return rates
