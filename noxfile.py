@@ -60,6 +60,13 @@ def regression(session: nox.Session) -> None:
 
 
 @nox.session
+def tune(session: nox.Session) -> None:
+    """Settings for a model without a preset (python -m harness.tune)."""
+    install(session)
+    session.run("python", "-m", "harness.tune", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks beside their baselines (python -m benchmarks)."""
     install(session)

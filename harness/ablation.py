@@ -24,10 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s"
     )
-    _quiet()
+    quiet_libraries()
     from harness.progress import Display
     from harness.run import run_grid
-    from harness.spec import resolve
+    from harness.spec import read_hyperparameters, resolve
     from reports.load import load_run
     from reports.render import to_markdown
     from reports.tables import build_report
@@ -40,9 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _given(args)
         overrides = [*(given.pop("set", None) or []), *(args.set or [])]
         data, out = given.pop("data", None), given.pop("out", None)
-        spec = resolve(given, overrides)
+        path = given.pop("hyperparameters", None)
+        file = read_hyperparameters(path) if path else None
+        spec = resolve(given, overrides, file)
         folder = Path(out) if out else _folder(spec.model, spec.dataset)
-        failed = run_grid(spec, out=folder, data=data, fresh=args.fresh, display=display)
+        failed = run_grid(
+            spec, out=folder, data=data, hyperparameters=file, fresh=args.fresh, display=display
+        )
     except ValueError as error:
         print(f"harness.ablation: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -126,7 +130,7 @@ def _folder(model: str, dataset: str) -> Path:
     return folder
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """Keep the libraries' own progress bars off the display."""
     from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging

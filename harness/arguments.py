@@ -1,7 +1,7 @@
 """The flags that describe a run, as INTERFACES names them: one table for command line and config file."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -41,6 +41,10 @@ FLAGS: dict[str, Flag] = {
     "seed": Flag("of selection, sampling and intervals; default: 0", kind=int, metavar="N"),
     "dtype": Flag("float32, bfloat16 ...; default: float32 on a CPU, bfloat16 on a GPU"),
     "device": Flag("cpu, cuda, cuda:1 ...; default: cuda if present"),
+    "hyperparameters": Flag(
+        "YAML with one block per editor; a block replaces the preset's (harness.tune writes such files)",
+        metavar="FILE",
+    ),
     "set": Flag("override a field of an editor's config", many=True, metavar="EDITOR.FIELD=VALUE"),
 }
 
@@ -52,9 +56,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add every flag of the table; absent ones are None."""
-    for name, flag in FLAGS.items():
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FLAGS) -> None:
+    """Add flags of the table, all by default; absent ones are None."""
+    for name in names:
+        flag = FLAGS[name]
         options: dict[str, Any] = {
             "help": flag.help,
             "type": flag.kind,

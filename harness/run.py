@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editors import EDITORS, EditStream, dense
+from editors import Editor, EditStream, dense
 from editors.sites import sites_for
 from harness import onednn
 from harness.cells import RecordMaker, Row
@@ -32,9 +32,9 @@ from harness.models import (
 )
 from harness.paths import cache_folder, read_lines, write_lines_gz
 from harness.progress import Display, Stage
-from harness.scoring import Query, score
-from harness.spec import CORPORA, RunSpec
-from harness.stats import Covariance, covariances, load_corpus, read_texts
+from harness.scoring import Answer, Query, score
+from harness.spec import CORPORA, HyperparameterFile, RunSpec
+from harness.stats import Corpus, Covariance, Progress, covariances, load_corpus, read_texts
 from merging import MERGERS
 from merging.chain import shadow_chain
 from reports.record import Record
@@ -50,10 +50,17 @@ Routes = dict[int, list[tuple[str, float]]]  # top-k -> (route, score) of every 
 
 
 def run_grid(
-    spec: RunSpec, *, out: Path, data: str | None = None, fresh: bool = False, display: Display | None = None
+    spec: RunSpec,
+    *,
+    out: Path,
+    data: str | None = None,
+    hyperparameters: HyperparameterFile | None = None,
+    fresh: bool = False,
+    display: Display | None = None,
 ) -> int:
     """Carry out a spec in a run folder; returns how many cells failed.
 
+    hyperparameters: the file the spec was resolved with, to be named as the source of its settings.
     An existing folder of the same spec is continued where it stopped (``fresh``: begun anew). Raises
     ValueError in one line, before any model is loaded, for wrong names, files or sizes.
     """
@@ -71,13 +78,16 @@ def run_grid(
         encoder(spec.encoder, cache=cache_folder("embeddings"), device=spec.device) if spec.routes else None
     )
     source = find_model(spec.model)
-    layers = _edited_layers(spec, model_config(source))
+    _check_layers(spec, model_config(source))
     made_of = provenance(spec, dataset, selection, embed.identity if embed else None)
+    if hyperparameters is not None:
+        made_of["hyperparameter_sources"] |= hyperparameters.sources_of(spec.editors)
+        notes += hyperparameters.overlap(dataset, selection)
     folder = RunFolder.open(out, spec, inputs=inputs, provenance=made_of, fresh=fresh)
     with display.live():
         with display.stage(f"load {spec.model}") as stage:
             loaded = load_model(spec.model, source, dtype=getattr(torch, spec.dtype), device=spec.device)
-            run = _Run(spec, folder, display, loaded, layers, selection.cases)
+            run = _Run(spec, folder, display, loaded, selection.cases)
             run.timed("load", stage)
         if embed is not None:
             run.route(embed, [case.rewrite_prompt for case in selection.negatives])
@@ -92,13 +102,21 @@ def run_grid(
     return failed
 
 
-def _edited_layers(spec: RunSpec, config: Any) -> list[int]:
-    """All edited layers, checked against the model's config."""
-    layers = sorted({layer for editor in spec.editors for layer in spec.config(editor).layers})
+def _check_layers(spec: RunSpec, config: Any) -> None:
+    """Raise ValueError if an editor's layers are not in the model."""
     count = getattr(config, "num_hidden_layers", None) or config.n_layer
-    if layers[-1] >= count:
-        raise ValueError(f"layers up to {layers[-1]} asked, {spec.model} has blocks 0 to {count - 1}")
-    return layers
+    for name in spec.editors:
+        highest = max(spec.editor(name).config.layers)
+        if highest >= count:
+            raise ValueError(
+                f"{name}: layers up to {highest} asked, {spec.model} has blocks 0 to {count - 1}"
+            )
+
+
+def _edited_parameters(loaded: LoadedModel, editors: Sequence[Editor]) -> list[str]:
+    """All parameters that some editor may change, each once, in the order of the editors."""
+    sites = sites_for(loaded.model)
+    return list(dict.fromkeys(name for editor in editors for name in editor.parameters(sites)))
 
 
 def _key_width(loaded: LoadedModel, layer: int) -> int:
@@ -106,6 +124,17 @@ def _key_width(loaded: LoadedModel, layer: int) -> int:
     sites = sites_for(loaded.model)
     shape = loaded.model.get_parameter(sites.weight_name(layer)).shape
     return shape[0] if sites.transposed else shape[1]
+
+
+def gather_statistics(
+    spec: RunSpec, loaded: LoadedModel, layers: Sequence[int], *, progress: Progress
+) -> tuple[Corpus, dict[int, Covariance]]:
+    """The corpus a spec names, and the covariances of some layers from it."""
+    limit = spec.limit_stats
+    if limit is None and spec.stats == "self":
+        limit = max(OWN_TOKENS, TOKENS_PER_WIDTH * _key_width(loaded, layers[0]))
+    corpus = load_corpus(spec.stats, loaded, limit=limit, seed=spec.seed, progress=progress)
+    return corpus, covariances(loaded, layers, corpus, limit=limit, progress=progress)
 
 
 class _Run:
@@ -117,14 +146,13 @@ class _Run:
         folder: RunFolder,
         display: Display,
         loaded: LoadedModel,
-        layers: list[int],
         cases: Sequence[EditCase],
     ) -> None:
-        self.spec, self.folder, self.display, self.loaded, self.layers = spec, folder, display, loaded, layers
+        self.spec, self.folder, self.display, self.loaded = spec, folder, display, loaded
         self.out = folder.path
         self.cases = cases
         self.batches = [cases[i : i + spec.batch_size] for i in range(0, spec.edits, spec.batch_size)]
-        self.queries = list(_queries(self.batches))
+        self.queries = list(batch_queries(self.batches))
         self.routes: Routes = {}
         self.routing_error: str | None = None
         self.records = RecordMaker(
@@ -135,7 +163,9 @@ class _Run:
         )
         model = {"name": spec.model, "revision": loaded.revision, "digest": loaded.digest}
         folder.same("model", model)
-        names = [sites_for(loaded.model).weight_name(layer) for layer in layers]
+        editors = [spec.editor(name) for name in spec.editors]
+        self.layers = sorted({layer for editor in editors for layer in editor.statistics()})
+        names = _edited_parameters(loaded, editors)
         edit_in_float32(loaded.model, names)
         packed = onednn.pack_linears(loaded.model, leave=set(names)) if onednn.available() else 0
         folder.info["provenance"]["onednn_layers"] = packed
@@ -235,9 +265,11 @@ class _Run:
         """Outcomes of one editor's weights, merged at a pruning ratio or unmerged (None)."""
         name = weights_id(self.spec, editor, ratio)
         if ratio is None:
-            weights = self._edit(editor, editor, None)
+            edited = self._edit(editor, editor, None)
             if not {"baseline", "+R"} & set(self.spec.cells):
                 return []  # edited only for what is merged from it
+            weights, notes = self.spec.editor(editor).released(self.base, edited)
+            self._measured(editor, **notes)
         elif self.spec.chain == "merged":
             weights = self._edit(editor, name, ratio)
         else:
@@ -255,15 +287,14 @@ class _Run:
         self._statistics()
         self._restore(self.base)
         with self.display.stage(f"edit with {chain}", total=len(self.batches)) as stage:
-            config, kind = EDITORS[editor]
-            stream: EditStream = kind(config(**self.spec.settings[editor])).start(
+            stream: EditStream = self.spec.editor(editor).start(
                 self.loaded.model,
                 self.loaded.tokenizer,
                 covariance=lambda layer: self._covariances[layer].matrix,
                 seed=self.spec.seed,
                 progress=lambda what, part, of: self._tell(stage, what, part / of),
             )
-            if state:
+            if done:
                 stream.restore(state)
                 self._restore(weights)
             start = time.perf_counter()
@@ -350,7 +381,7 @@ class _Run:
 
     def _statistics(self) -> None:
         """Covariances of all edited layers, once for all editors."""
-        if self._covariances:
+        if self._covariances or not self.layers:
             return
         spec, loaded = self.spec, self.loaded
         with self.display.stage("statistics") as stage:
@@ -358,14 +389,9 @@ class _Run:
             def progress(done: int, total: int) -> None:
                 stage.update(done / total)
 
-            width = _key_width(loaded, self.layers[0])
-            limit = spec.limit_stats
-            if limit is None and spec.stats == "self":
-                limit = max(OWN_TOKENS, TOKENS_PER_WIDTH * width)
-            corpus = load_corpus(spec.stats, loaded, limit=limit, seed=spec.seed, progress=progress)
-            found = covariances(loaded, self.layers, corpus, limit=limit, progress=progress)
+            corpus, found = gather_statistics(spec, loaded, self.layers, progress=progress)
             self.timed("statistics", stage)
-        tokens = found[self.layers[0]].tokens
+        tokens, width = found[self.layers[0]].tokens, _key_width(loaded, self.layers[0])
         if tokens < TOKENS_PER_WIDTH * width:
             self.notes.append(
                 f"The statistics are from {tokens:,} tokens, less than {TOKENS_PER_WIDTH} times the "
@@ -396,12 +422,7 @@ class _Run:
                 "weights": name,
                 "edits_applied": 0 if name == "unedited" else self.spec.edits,
                 **row,
-                "nll_new": answer.new.nll,
-                "nll_true": answer.true.nll,
-                "sum_nll_new": answer.new.sum_nll,
-                "sum_nll_true": answer.true.sum_nll,
-                "argmax_new": answer.new.argmax,
-                "argmax_true": answer.true.argmax,
+                **answer_fields(answer),
             }
             for (row, _), answer in zip(self.queries, answers, strict=True)
         ]
@@ -427,9 +448,9 @@ class _Run:
                     yield row
 
     def _tell(self, stage: Stage, what: str, share: float) -> None:
-        """Progress inside a batch; target values are nearly all of it."""
+        """Progress inside a batch; all but the updates at its end is nearly all of it."""
         batch = int(stage.done)
-        within = 0.95 * share if what == "target values" else 0.95 + 0.049 * share
+        within = 0.95 + 0.049 * share if what == "updates" else 0.95 * share
         edits = batch * self.spec.batch_size
         detail = f"batch {batch + 1} of {len(self.batches)}, {edits} of {self.spec.edits} edits done, {what}"
         stage.update(batch + within, detail)
@@ -443,7 +464,7 @@ class _Run:
         entry |= values | {"peak_memory_bytes": peak}
 
 
-def _queries(batches: Sequence[Sequence[EditCase]]) -> Iterator[tuple[Row, Query]]:
+def batch_queries(batches: Sequence[Sequence[EditCase]]) -> Iterator[tuple[Row, Query]]:
     """Every scored prompt of every edited record, with what names it in ``cases.jsonl.gz``."""
     for number, batch in enumerate(batches, start=1):
         for case in batch:
@@ -457,3 +478,15 @@ def _queries(batches: Sequence[Sequence[EditCase]]) -> Iterator[tuple[Row, Query
                         "prompt": prompt,
                     }
                     yield row, Query(prompt, case.request.target_new, case.target_true)
+
+
+def answer_fields(answer: Answer) -> Row:
+    """An answer as ``cases.jsonl.gz`` has it."""
+    return {
+        "nll_new": answer.new.nll,
+        "nll_true": answer.true.nll,
+        "sum_nll_new": answer.new.sum_nll,
+        "sum_nll_true": answer.true.sum_nll,
+        "argmax_new": answer.new.argmax,
+        "argmax_true": answer.true.argmax,
+    }

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.sites import device_of, sites_for
+from editors.capture import head_logits
+from editors.sites import device_of
 from editors.tokens import encode, target_ids
 
 PASS_TOKENS = 2048  # tokens in one forward
@@ -127,5 +128,5 @@ def _score_batch(
 
 def _log_softmax(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(m, V) log-probabilities in float32 or better for (m, d_model) final hidden states."""
-    logits = model.get_submodule(sites_for(model).head)(hidden)
+    logits = head_logits(model, hidden)
     return functional.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), dim=-1)

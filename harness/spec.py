@@ -13,9 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from editors import EDITORS
-from editors.targets import TargetConfig
-from harness.data import DATASETS
+from editors import EDITORS, Editor
+from harness.data import DATASETS, Dataset, Selection
 from harness.models import MODELS
 from merging import MERGERS
 from routing import ROUTERS
@@ -81,7 +80,7 @@ class RunSpec:
         for k in self.top_k:
             ROUTERS[self.router][0](top_k=k)
         for editor in self.editors:
-            self.config(editor)
+            self.editor(editor)
 
     @property
     def edits(self) -> int:
@@ -95,13 +94,13 @@ class RunSpec:
     def routes(self) -> bool:
         return any("R" in cell for cell in self.cells)
 
-    def config(self, editor: str) -> TargetConfig:
-        """The editor's config; raises ValueError naming the editor if a field is wrong."""
+    def editor(self, name: str) -> Editor:
+        """An editor with its settings; raises ValueError naming it if a field is wrong."""
+        config, kind = EDITORS[name]
         try:
-            config: TargetConfig = EDITORS[editor][0](**self.settings[editor])
+            return kind(config(**self.settings[name]))
         except ValueError as error:
-            raise ValueError(f"{editor}: {error}") from None
-        return config
+            raise ValueError(f"{name}: {error}") from None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data with sorted, resolved fields, as run.json holds it."""
@@ -119,11 +118,16 @@ def _known(what: str, names: Sequence[str], known: Any) -> None:
             raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 
 
-def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
+def resolve(
+    given: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    hyperparameters: "HyperparameterFile | None" = None,
+) -> RunSpec:
     """A spec from the flags given, everything else by preset of model and dataset.
 
     given: flag names with underscores; absent or None means by preset.
-    overrides: "EDITOR.FIELD=VALUE". Raises ValueError in one line for what is wrong.
+    overrides: "EDITOR.FIELD=VALUE"; they win over hyperparameters, these over the model's preset.
+    Raises ValueError in one line for what is wrong.
     """
     given = {name: value for name, value in given.items() if value is not None}
     model = given.get("model", "smollm2-135m")
@@ -164,7 +168,9 @@ def resolve(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunSpec:
         seed=given.get("seed", 0),
         dtype=given.get("dtype") or ("float32" if device == "cpu" else "bfloat16"),
         device=device,
-        settings=editor_settings(model, editors, overrides),
+        settings=editor_settings(
+            model, editors, overrides, rows=hyperparameters.rows if hyperparameters else {}
+        ),
     )
 
 
@@ -200,16 +206,99 @@ def hyperparameter_source(model: str, editor: str) -> str | None:
     return hyperparameters().get(model, {}).get(editor, {}).get("source")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HyperparameterFile:
+    """A file of ``--hyperparameters``, in the form of one model's block in hyperparameters.yaml."""
+
+    name: str
+    rows: Mapping[str, Mapping[str, Any]]  # editor -> config fields
+    sources: Mapping[str, str]  # editor -> where its row comes from
+    tuning: Mapping[str, Any]  # what harness.tune says of its run; empty in a file written by hand
+
+    def sources_of(self, editors: Sequence[str]) -> dict[str, str]:
+        """Where the rows of some editors come from, as far as the file has them."""
+        return {editor: self.sources[editor] for editor in editors if editor in self.sources}
+
+    def overlap(self, dataset: Dataset, selection: Selection) -> list[str]:
+        """What a report must say if the settings were chosen on records that are evaluated now."""
+        tuned, data = self.tuning.get("case_ids"), self.tuning.get("dataset")
+        if not (isinstance(tuned, list) and isinstance(data, Mapping)):
+            return []
+        if data.get("digest") != dataset.digest:
+            return []
+        edited = sum(case.case_id in tuned for case in selection.cases)
+        negatives = sum(case.case_id in tuned for case in selection.negatives)
+        if not edited + negatives:
+            return []
+        return [
+            f"The settings of {self.name} were chosen on records that are used here: {edited} of the "
+            f"{len(selection.cases)} edited ones and {negatives} of the {len(selection.negatives)} unrelated "
+            "ones. Figures of those are too good; tune with this run's --select, --seed and sizes."
+        ]
+
+
+def read_hyperparameters(path: str) -> HyperparameterFile:
+    """The rows of a YAML file, every field checked; a key ``tuning`` beside the editors is kept as it is.
+
+    Raises ValueError in one line naming file, editor and field for what is wrong.
+    """
+    where = f"hyperparameters {path!r}"
+    try:
+        table = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where} is no mapping of editors to their fields")
+    tuning = table.get("tuning") or {}
+    if not isinstance(tuning, Mapping):
+        raise ValueError(f"{where}: tuning is {tuning!r}; it takes a mapping, or leave it out")
+    rows: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+    for editor, row in table.items():
+        if editor == "tuning":
+            continue
+        if editor not in EDITORS:
+            raise ValueError(f"{where}: unknown editor {editor!r}; known: {', '.join(EDITORS)}")
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}: {editor} is {row!r}; it takes a mapping of fields to values")
+        fields = {str(field): value for field, value in row.items() if field != "source"}
+        try:
+            rows[editor] = {
+                field: _typed(value, _field_type(editor, field), f"{editor}.{field}")
+                for field, value in fields.items()
+            }
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        sources[editor] = str(row.get("source") or Path(path).name)
+    return HyperparameterFile(name=Path(path).name, rows=rows, sources=sources, tuning=tuning)
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """A YAML value as one of a config field's type; ValueError if it is of another."""
+    if get_origin(kind) is tuple:
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            raise ValueError(f"{where} is {value!r}; it takes a list of whole numbers")
+        return tuple(values)
+    if not isinstance(value, str | int | float | None) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where} is {value!r}; it takes a {getattr(kind, '__name__', kind)}")
+    return _parse("none" if value is None else str(value), kind, where)
+
+
 def editor_settings(
-    model: str, editors: Sequence[str], overrides: Sequence[str] = ()
+    model: str,
+    editors: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    rows: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
-    """All config fields of each editor: the model's row, then the overrides.
+    """All config fields of each editor: its row of ``rows``, else the model's row, then the overrides.
 
     Raises ValueError for an unknown editor or field, a value of the wrong type, or missing layers.
     """
     settings: dict[str, dict[str, Any]] = {}
     for editor in editors:
-        row = dict(hyperparameters().get(model, {}).get(editor, {}))
+        row = dict(rows[editor] if editor in rows else hyperparameters().get(model, {}).get(editor, {}))
         row.pop("source", None)
         settings[editor] = row
     for override in overrides:
@@ -224,21 +313,28 @@ def editor_settings(
             )
         settings[editor][field] = _parse(value, _field_type(editor, field), f"--set {override!r}")
     for editor in editors:
-        kind = EDITORS[editor][0]
-        if "layers" not in settings[editor]:
+        fields = dataclasses.fields(EDITORS[editor][0])
+        places = [field.name for field in fields if field.name.endswith("layers")]
+        if not settings[editor].keys() & set(places):
             raise ValueError(
                 f"no hyperparameters for {editor} on {model!r}; name at least the layers: "
-                f"--set {editor}.layers=3,4,5"
+                f"--set {editor}.{places[-1]}=3,4,5, or give a file with --hyperparameters "
+                "(harness.tune makes one)"
             )
-        settings[editor]["layers"] = tuple(settings[editor]["layers"])
-        fields = dataclasses.fields(kind)
         defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        types_ = get_type_hints(kind)
+        types_ = get_type_hints(EDITORS[editor][0])
         settings[editor] = {
-            name: float(value) if types_[name] is float else value
-            for name, value in {**defaults, **settings[editor]}.items()
+            name: _plain(value, types_[name]) for name, value in {**defaults, **settings[editor]}.items()
         }
     return settings
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A number or list of YAML as a config field of its type holds it."""
+    if isinstance(value, list):
+        return tuple(value)
+    wants_float = kind is float or (get_origin(kind) is types.UnionType and float in get_args(kind))
+    return float(value) if wants_float and value is not None else value
 
 
 def _field_type(editor: str, field: str) -> Any:

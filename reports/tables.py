@@ -23,11 +23,14 @@ EDITOR_NAMES = {
     "r-rome": "R-ROME",
     "memit": "MEMIT",
     "memit-seq": "MEMIT-seq",
+    "memit+blue": "MEMIT-BLUE",
     "pmet": "PMET",
     "rect": "RECT",
     "prune": "PRUNE",
     "emmet": "EMMET",
     "alphaedit": "AlphaEdit",
+    "alphaedit+blue": "AlphaEdit-BLUE",
+    "ultraedit": "UltraEdit",
 }
 
 COUNTERFACT_COLUMNS = {

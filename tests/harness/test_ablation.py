@@ -159,7 +159,7 @@ WRONG: list[tuple[str, list[str], list[str]]] = [  # flag, values ({name}: a fil
     ("set", [*LAYERS, "memit.nothing=1"], ["unknown field 'nothing' of memit", "steps"]),
     ("set", [*LAYERS, "memit.steps=x"], ["memit.steps=x", "'x'"]),
     ("set", [*LAYERS, "memit.steps=0"], ["memit: steps is 0"]),
-    ("set", [*LAYERS, "rome.steps=1"], ["unknown editor 'rome'"]),
+    ("set", [*LAYERS, "romme.steps=1"], ["unknown editor 'romme'"]),
     ("set", [*LAYERS, "memit-seq.steps=1"], ["'memit-seq' is not in this run"]),
     ("out", ["{good.jsonl}"], ["good.jsonl", "--out"]),
     ("out", ["{good.jsonl}/run"], ["good.jsonl", "--out"]),
@@ -601,7 +601,7 @@ def test_a_finished_run_is_not_computed_again(
 
     monkeypatch.setattr(harness.run, "score", refuse)
     for name in ("memit", "alphaedit"):
-        monkeypatch.setitem(EDITORS, name, (EDITORS[name][0], refuse))
+        monkeypatch.setattr(EDITORS[name][1], "start", refuse)
     assert grid.run(copied, *MANY) == 0
     assert_same(copied, done)
     output = capsys.readouterr().out
@@ -768,10 +768,7 @@ def test_the_merged_chain_edits_what_it_merged(grid: Grid, tmp_path: Path) -> No
 def test_an_editor_that_fails_is_recorded_and_the_rest_goes_on(
     grid: Grid, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
-    class Broken:
-        def __init__(self, _: Any) -> None:
-            pass
-
+    class Broken(EDITORS["memit"][1]):  # type: ignore[misc]
         def start(self, *_: Any, **__: Any) -> None:
             raise kind("the update\nis not finite")
 
@@ -898,3 +895,67 @@ def test_likelihoods_that_are_not_finite_are_no_result(
     found = {r["cell"]: r for r in records_of(tmp_path / "run") if r["slice"] == "overall"}
     assert found["baseline"]["scores"]
     assert "not finite" in found["+MM"]["error"]
+
+
+# -- all editors --------------------------------------------------------------------------------------------
+
+EVERY = {
+    "ft": ["layers=2", "steps=2"],
+    "rome": ["layers=2", "steps=3"],
+    "r-rome": ["layers=2", "steps=3"],
+    "memit+blue": ["layers=1,2", "steps=3", "covariance_weight=1"],
+    "memit-seq": ["layers=1,2", "steps=3", "covariance_weight=1"],
+    "emmet": ["layers=1", "steps=3", "covariance_weight=1"],
+    "pmet": ["layers=1,2", "steps=3", "covariance_weight=1"],
+    "rect": ["layers=1,2", "steps=3", "covariance_weight=1"],
+    "prune": ["layers=1,2", "steps=4", "covariance_weight=1", "clamp_norm_factor=4"],
+    "alphaedit+blue": ["layers=1,2", "steps=3", "nullspace_threshold=1", "ridge=0.1"],
+    "ultraedit": ["up_layers=3", "down_layers=2", "learning_rate=1e-3"],
+}
+
+
+def fields_of(editors: Sequence[str], more: Sequence[str] = ()) -> list[str]:
+    return ["--set", *(f"{editor}.{field}" for editor in editors for field in EVERY[editor]), *more]
+
+
+@pytest.mark.parametrize("chain", ["shadow", "merged"])
+def test_all_editors_run_in_one_grid(grid: Grid, tmp_path: Path, chain: str) -> None:
+    editors = list(EVERY)
+    assert {*editors, "memit", "alphaedit"} == set(EDITORS)
+    out = tmp_path / "run"
+    more = [*fields_of(editors), "--chain", chain, "--cells", "baseline", "+MM", "+R"]
+    assert grid.run(out, *more, editors=["memit", *editors]) == 0
+    rows = rows_by_weights(out)
+    base = {name: p.clone() for name, p in tiny_model("gpt2").named_parameters()}
+    for editor in editors:
+        errors = {r["cell"]: r["error"] for r in records_of(out) if r["editor"] == editor}
+        merged = "not applicable" if editor == "prune" else None
+        assert errors == {"baseline": None, "+MM": merged, "+R": None}
+        assert (f"{editor}+MM" in rows) == (editor != "prune")
+        assert len(rows[editor]) == len(rows["unedited"])
+        assert rows[editor] != rows["unedited"]
+        for batch in range(1, BATCHES + 1):
+            delta, _ = read_delta(delta_path(out, editor, batch), torch.device("cpu"))
+            assert all(change.shape == base[name].shape for name, change in delta.items())
+            assert all(change.any() for change in delta.values())
+
+
+def test_prune_is_released_restrained_and_edits_unrestrained(grid: Grid, tmp_path: Path) -> None:
+    """Its batches are MEMIT's; what is scored is not, once a bound is exceeded (here by adding twice)."""
+    runs = {}
+    for name, flag in (("correct", "false"), ("legacy", "true")):
+        runs[name] = tmp_path / name
+        more = [*fields_of(["prune"], [f"prune.legacy_double_apply={flag}"]), "--cells", "baseline"]
+        assert grid.run(runs[name], *more, editors=["memit", "prune"]) == 0
+    for batch in range(1, BATCHES + 1):
+        memit, prune = (
+            read_delta(delta_path(runs["correct"], e, batch), torch.device("cpu"))[0]
+            for e in ("memit", "prune")
+        )
+        assert all(torch.equal(memit[name], prune[name]) for name in memit)
+    info = json.loads((runs["correct"] / "run.json").read_text())
+    restrained = info["per_editor"]["prune"]["singular_values_restrained"]
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "weights"} for row in rows]
+    correct, legacy = (rows_by_weights(runs[name]) for name in ("correct", "legacy"))
+    assert (strip(correct["prune"]) == strip(correct["memit"])) == (not any(restrained.values()))
+    assert strip(legacy["prune"]) != strip(legacy["memit"])
