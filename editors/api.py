@@ -128,3 +128,13 @@ class Editor(Protocol):
         seed: int,
         progress: Progress | None = None,
     ) -> EditStream: ...
+
+
+class ReleasedAsEdited:
+    """The part of ``Editor`` that all methods share which restrain nothing afterwards."""
+
+    def released(
+        self, base: Mapping[str, Tensor], edited: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The weights as edited."""
+        return dict(edited), {}

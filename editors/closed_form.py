@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.api import Covariance, EditRequest, LowRank, Progress, WeightDeltas, dense
+from editors.api import (
+    Covariance,
+    EditRequest,
+    LowRank,
+    Progress,
+    ReleasedAsEdited,
+    WeightDeltas,
+    dense,
+)
 from editors.contexts import BARE, Contexts, sample_contexts
 from editors.rows import SubjectRows
 from editors.sites import Place, Sites, sites_for
@@ -208,7 +216,7 @@ class ClosedFormStream(ABC):
 
 
 @dataclass(frozen=True)
-class ClosedFormEditor:
+class ClosedFormEditor(ReleasedAsEdited):
     """An editor whose streams are of one class; subclasses name it."""
 
     stream: ClassVar[type[ClosedFormStream]]
@@ -221,12 +229,6 @@ class ClosedFormEditor:
     def statistics(self) -> tuple[int, ...]:
         """All edited layers."""
         return self.config.layers
-
-    def released(
-        self, base: Mapping[str, Tensor], edited: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The edited weights as they are."""
-        return dict(edited), {}
 
     def start(
         self,

@@ -4,27 +4,28 @@ As the baseline of the MEMIT repository (``baselines/ft/ft_main.py``; ALGORITHMS
 own facts, epoch after epoch. Only the blocks from the lowest edited one on are run in a step, and the head
 only where a token is predicted; what enters the lowest edited block stays as it is while a batch is
 edited, so it is computed once. This changes no result beyond rounding.
-
-``AnswerRow`` and ``AnswerPass`` serve any method that needs the gradient of the targets' loss.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.api import Covariance, EditorConfig, EditRequest, Progress, WeightDeltas
-from editors.capture import frozen, logits_of, pad_right, record_calls
-from editors.sites import Sites, device_of, sites_for
-from editors.tokens import encode, target_ids
-
-Objective = Literal["prompt_last", "target_new"]
-PASS_TOKENS = 1024  # tokens run at once, padding included; rows beyond go into the next pass
+from editors.answers import AnswerPass, AnswerRow, Objective, answer_rows, passes_of
+from editors.api import (
+    Covariance,
+    EditorConfig,
+    EditRequest,
+    Progress,
+    ReleasedAsEdited,
+    WeightDeltas,
+)
+from editors.capture import frozen
+from editors.sites import Sites, sites_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,89 +59,6 @@ class FtConfig(EditorConfig):
             raise ValueError(f"norm_constraint is {self.norm_constraint}; it must be above 0, or none")
         if self.objective not in get_args(Objective):
             raise ValueError(f"objective is {self.objective!r}; known: {', '.join(get_args(Objective))}")
-
-
-@dataclass(frozen=True)
-class AnswerRow:
-    """One fact as ids, and which token is to be predicted at which position."""
-
-    ids: tuple[int, ...]
-    answers: tuple[tuple[int, int], ...]  # (position, token), positions ascending
-
-
-def answer_rows(
-    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], objective: Objective
-) -> list[AnswerRow]:
-    """The prompt of every request, with all but the last token of its target behind it if they are read."""
-    rows: list[AnswerRow] = []
-    for request in requests:
-        prompt = encode(tokenizer, request.prompt.replace("{}", request.subject))
-        target = target_ids(tokenizer, request.target_new)
-        last = len(prompt) - 1
-        if objective == "prompt_last":
-            rows.append(AnswerRow(tuple(prompt), tuple((last, token) for token in target)))
-        else:
-            answers = tuple((last + i, token) for i, token in enumerate(target))
-            rows.append(AnswerRow((*prompt, *target[:-1]), answers))
-    return rows
-
-
-class AnswerPass:
-    """Rows that run together; what enters block ``first`` is computed once, with the weights of now.
-
-    shares: weight of each answer of a row in the loss. The context ``frozen`` is the caller's.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, rows: Sequence[AnswerRow], shares: Sequence[float], first: int
-    ) -> None:
-        self.model, self.sites, self.first = model, sites_for(model), first
-        device = device_of(model)
-        ids, mask = pad_right([row.ids for row in rows], device)
-        with torch.no_grad():
-            self.calls = record_calls(
-                model, self.sites, first=first, input_ids=ids, attention_mask=mask, use_cache=False
-            )
-        at = [
-            (i * ids.shape[1] + position, token, share)
-            for i, (row, share) in enumerate(zip(rows, shares, strict=True))
-            for position, token in row.answers
-        ]
-        places = sorted({place for place, _, _ in at})  # each once: the backward adds in no fixed order
-        number = {place: i for i, place in enumerate(places)}
-        self.places = torch.tensor(places, device=device)  # in (rows x length)
-        self.place = torch.tensor([number[place] for place, _, _ in at], device=device)  # of each answer
-        self.token = torch.tensor([token for _, token, _ in at], device=device)
-        self.share = torch.tensor([share for _, _, share in at], dtype=torch.float64, device=device)
-
-    @property
-    def hidden(self) -> Tensor:
-        """What enters block ``first``, (rows, length, d_model)."""
-        return self.calls.hidden
-
-    def at_places(self, states: Tensor) -> Tensor:
-        """Of (rows, length, d), or (rows x length, d), where tokens are predicted: (places, d)."""
-        return states.reshape(-1, states.shape[-1]).index_select(0, self.places)
-
-    def loss(self, hidden: Tensor) -> Tensor:
-        """Sum over answers of share times -log p(token), for ``hidden`` entering block ``first``."""
-        states = self.calls.run(hidden, self.first, len(self.calls.blocks) - 1)
-        logits = logits_of(self.model, self.sites, self.at_places(states))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        likely = functional.log_softmax(logits, dim=-1)  # (places, V)
-        token = likely.flatten().index_select(0, self.place * likely.shape[1] + self.token)
-        return -(self.share.to(token.dtype) * token).sum()
-
-
-def passes_of(rows: Sequence[AnswerRow]) -> Iterator[list[int]]:
-    """Which rows run together: those of similar length, at most PASS_TOKENS, at least one."""
-    part: list[int] = []
-    for row in sorted(range(len(rows)), key=lambda row: len(rows[row].ids)):
-        if part and (len(part) + 1) * len(rows[row].ids) > PASS_TOKENS:
-            yield part
-            part = []
-        part.append(row)
-    yield part
 
 
 class FtStream:
@@ -237,7 +155,7 @@ class FtStream:
 
 
 @dataclass(frozen=True)
-class Ft:
+class Ft(ReleasedAsEdited):
     """Fine-tuning, batch after batch."""
 
     config: FtConfig
@@ -249,12 +167,6 @@ class Ft:
     def statistics(self) -> tuple[int, ...]:
         """None: it reads no covariance."""
         return ()
-
-    def released(
-        self, base: Mapping[str, Tensor], edited: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The weights as edited."""
-        return dict(edited), {}
 
     def start(
         self,

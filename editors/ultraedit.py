@@ -25,17 +25,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from editors.answers import AnswerPass, AnswerRow, answer_rows, passes_of
 from editors.api import (
     Covariance,
     EditRequest,
     LowRank,
     Progress,
+    ReleasedAsEdited,
     WeightDeltas,
     check_layers,
     dense,
 )
 from editors.capture import frozen, inputs_of, outputs_of
-from editors.ft import AnswerPass, AnswerRow, answer_rows, passes_of
 from editors.sites import Sites, device_of, sites_for
 
 DEVIATION_FLOOR = torch.finfo(torch.float32).eps  # added to a standard deviation, as the published code does
@@ -285,7 +286,7 @@ class UltraEditStream:
 
 
 @dataclass(frozen=True)
-class UltraEdit:
+class UltraEdit(ReleasedAsEdited):
     """UltraEdit, batch after batch."""
 
     config: UltraEditConfig
@@ -297,12 +298,6 @@ class UltraEdit:
     def statistics(self) -> tuple[int, ...]:
         """None: it reads no covariance."""
         return ()
-
-    def released(
-        self, base: Mapping[str, Tensor], edited: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The weights as edited."""
-        return dict(edited), {}
 
     def start(
         self,

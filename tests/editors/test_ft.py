@@ -247,7 +247,7 @@ def test_passes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, batch = tiny.tiny_tokenizer(bos=True), tiny.tiny_requests(6)
     found = []
     for most in (1024, 40, 1):
-        monkeypatch.setattr("editors.ft.PASS_TOKENS", most)
+        monkeypatch.setattr("editors.answers.PASS_TOKENS", most)
         model = tiny.tiny_model("llama", dtype=torch.float64)
         found.append(start(model, tokenizer, objective="target_new", minibatch=4).edit(batch))
     for other in found[1:]:

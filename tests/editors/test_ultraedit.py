@@ -206,7 +206,7 @@ def test_passes_change_nothing_and_are_told(monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer, requests = tiny.tiny_tokenizer(bos=True), tiny.tiny_requests(6)
     found = []
     for most in (1024, 40, 1):
-        monkeypatch.setattr("editors.ft.PASS_TOKENS", most)
+        monkeypatch.setattr("editors.answers.PASS_TOKENS", most)
         model = tiny.tiny_model("llama", dtype=torch.float64)
         editing = start(model, tokenizer)
         told: list[tuple[str, int, int]] = []
