@@ -341,6 +341,45 @@ def tiny_records(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
+def tiny_knowedit_records(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """The same facts in KnowEdit's schema: two prompts of relation specificity, and groups of portability
+    in turn, of which every fourth record has none; answers as a text, a list and nested lists.
+    """
+    draw = random.Random(seed + 2)
+    groups = ("Reasoning", "Subject_Aliasing", "Logical_Generalization")
+    records: list[dict[str, Any]] = []
+    for i, request in enumerate(tiny_requests(n, seed=seed)):
+        filled = request.prompt.format(request.subject)
+        others = draw.sample([word for word in _TARGETS if word != request.target_new], 5)
+        answers = ([[others[0], others[1]], [others[2]]], [request.target_new], others[1])
+        portability = {
+            group: [
+                {"prompt": f"{lead} {request.subject} {verb}", "ground_truth": answer}
+                for lead, verb in (("They say that", "knows"), ("In winter", "speaks"))[: 1 + i // 4 % 2]
+            ]
+            for place, (group, answer) in enumerate(zip(groups, answers, strict=True))
+            if i % 4 == place
+        }
+        records.append(
+            {
+                "case_id": request.case_id,
+                "subject": request.subject,
+                "prompt": filled,
+                "target_new": request.target_new,
+                "ground_truth": [others[3]],
+                "rephrase_prompt": f"Later, {filled}",
+                "locality": {
+                    "Relation_Specificity": [
+                        {"prompt": f"The friend of {request.subject} is", "ground_truth": [others[4]]},
+                        {"prompt": f"{request.subject} sees", "ground_truth": [others[2]]},
+                    ]
+                },
+                "portability": portability,
+            }
+        )
+    return records
+
+
 def tiny_texts(n: int, *, seed: int = 0) -> list[str]:
     """Short texts of unequal length, for covariances."""
     draw = random.Random(seed)

@@ -67,7 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", metavar="DIR", help="run folder; default: runs/<timestamp>-<model>-<dataset>"
     )
-    parser.add_argument("--no-generation", action="store_true", help="score no generated text (default)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an existing run folder (the default)")
     again.add_argument("--fresh", action="store_true", help="begin anew in an existing run folder")
@@ -107,6 +106,10 @@ def _checked(name: str, value: Any, path: str) -> Any:
     if value is None:
         return value
     flag = FLAGS.get(name, Flag("the run folder"))
+    if flag.kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"config {path!r}: {name} is {value!r}; it takes true or false")
+        return value
     values = value if isinstance(value, list) else [value]
     if flag.many is False and isinstance(value, list):
         raise ValueError(f"config {path!r}: {name} is {value!r}; it takes one value")
@@ -132,6 +135,7 @@ def _folder(model: str, dataset: str) -> Path:
 
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars off the display."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported; lm-eval offers no switch
     from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 

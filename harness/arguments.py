@@ -20,8 +20,12 @@ FLAGS: dict[str, Flag] = {
     "model": Flag("preset, hub id (owner/name) or local folder; default: smollm2-135m"),
     "editors": Flag("editing methods; default: memit alphaedit", many=True, metavar="NAME"),
     "cells": Flag("any of baseline +MM +R +MM+R; default: all", many=True, metavar="CELL"),
-    "dataset": Flag("facts, counterfact or a JSONL in CounterFact's schema; default: by model"),
-    "data": Flag("folder or file with local copies of the dataset (or SEQMMR_DATA)", metavar="PATH"),
+    "dataset": Flag(
+        "facts, counterfact, knowedit-zsre or a JSONL in the schema of one of these; default: by model"
+    ),
+    "data": Flag(
+        "folder or file with local copies of the dataset and the tasks (or SEQMMR_DATA)", metavar="PATH"
+    ),
     "select": Flag("first or random records; default: first for counterfact, else random"),
     "stats": Flag("covariance corpus: self, wikipedia or a JSONL with text; default: by model"),
     "limit_stats": Flag("use at most so many tokens of it", kind=int, metavar="N"),
@@ -35,9 +39,19 @@ FLAGS: dict[str, Flag] = {
     "router": Flag("how queries are routed; default: topk"),
     "top_k": Flag("nearest texts that decide a route; default: 2", kind=int, many=True, metavar="K"),
     "encoder": Flag("minilm, openai:MODEL, or a sentence-transformers id or folder; default: minilm"),
-    "negatives": Flag("unrelated texts of the router; default: as many as edits", kind=int, metavar="N"),
+    "negatives": Flag(
+        "unrelated texts of the router; default: as many as edits, of KnowEdit those of 301 other records",
+        kind=int,
+        metavar="N",
+    ),
     "evaluate": Flag("when to score: final (after the last batch)"),
-    "capability": Flag("general tasks: none"),
+    "capability": Flag(
+        "general tasks: six (sst mmlu mrpc cola rte nli), or names of lm-eval tasks; default: none",
+        many=True,
+        metavar="TASK",
+    ),
+    "generation": Flag("sample a text for every generation prompt: fluency, consistency", kind=bool),
+    "references": Flag("reference texts of consistency: attribute_snippets.json, or JSONL", metavar="FILE"),
     "seed": Flag("of selection, sampling and intervals; default: 0", kind=int, metavar="N"),
     "dtype": Flag("float32, bfloat16 ...; default: float32 on a CPU, bfloat16 on a GPU"),
     "device": Flag("cpu, cuda, cuda:1 ...; default: cuda if present"),
@@ -66,6 +80,8 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FLAGS) -> 
             "metavar": flag.metavar,
             "default": None,
         }
+        if flag.kind is bool:
+            options = {"help": flag.help, "default": None, "action": argparse.BooleanOptionalAction}
         if flag.many:
             options["nargs"] = "+"
         if name == "set":  # given several times, all of them count

@@ -5,8 +5,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.generation import Consistency, measured
 from harness.grid import Cell
-from harness.metrics import edit_scores, resampling_counts, route_scores, tabulate_cell
+from harness.metrics import (
+    FORCED_KINDS,
+    KINDS,
+    edit_scores,
+    forced_scores,
+    forced_shares,
+    resampling_counts,
+    route_scores,
+    shown_rows,
+    tabulate_cell,
+    task_route_score,
+    task_scores,
+    text_scores,
+)
 from harness.spec import RunSpec
 from reports.record import Record, Score
 
@@ -21,12 +35,13 @@ class RecordMaker:
     run_id: str
     model_digest: str
     data_digest: str
+    knowedit: bool = False  # rows are of KnowEdit's prompts
+    consistency: Consistency | None = None  # of generated texts; None: without reference texts
 
     def unedited(self, rows: Sequence[Row]) -> Iterator[Record]:
         """Records of the unedited model."""
         for part, index, started in self._slices(rows):
-            scores = edit_scores(tabulate_cell([rows[i] for i in index]), None, self._counts(rows, index))
-            yield self._record(None, part, scores, started)
+            yield self._record(None, part, self._scores([rows[i] for i in index]), started)
 
     def cell(
         self,
@@ -45,16 +60,42 @@ class RecordMaker:
         for part, index, started in self._slices(rows):
             own = [rows[i] for i in index]
             chosen = None if routes is None else [routes[i] for i in index]
-            table = tabulate_cell(own, [unedited[i] for i in index], chosen)
-            base = None if baseline is None else tabulate_cell([baseline[i] for i in index])
-            scores = edit_scores(table, base, self._counts(rows, index))
-            if chosen is not None:
-                scores += route_scores(own, chosen, self.spec.seed)
+            base = None if baseline is None else [baseline[i] for i in index]
+            scores = self._scores(own, [unedited[i] for i in index], chosen, base)
             yield self._record(cell, part, scores, started)
 
-    def error(self, cell: Cell, text: str) -> Record:
-        """The record of a cell that has no scores."""
-        return self._record(cell, "overall", [], time.perf_counter(), error=text)
+    def tasks(
+        self,
+        cell: Cell | None,
+        rows: Sequence[Row],
+        *,
+        unedited: Sequence[Row] | None = None,
+        routes: Sequence[str] | None = None,
+    ) -> Iterator[Record]:
+        """Records of one cell's general tasks, a slice each; cell None: of the unedited model.
+
+        rows, unedited: the same records of all tasks under the cell's and no edits; routes: of them.
+        """
+        for task in dict.fromkeys(row["kind"] for row in rows):
+            started = time.perf_counter()
+            index = [i for i, row in enumerate(rows) if row["kind"] == task]
+            own, before = [rows[i] for i in index], None
+            if unedited is not None:
+                before = [unedited[i] for i in index]
+            if routes is None:
+                scores = task_scores(own, before, self.spec.seed)
+            else:
+                assert before is not None, "a route chooses between two outcomes"
+                chosen = [routes[i] for i in index]
+                pairs = zip(own, before, chosen, strict=True)
+                shown = [edited if route == "edited" else plain for edited, plain, route in pairs]
+                scores = task_scores(shown, before, self.spec.seed)
+                scores.append(task_route_score(chosen, self.spec.seed))
+            yield self._record(cell, task, scores, started)
+
+    def error(self, cell: Cell | None, text: str, part: str = "overall") -> Record:
+        """The record of a slice that has no scores; cell None: of the unedited model."""
+        return self._record(cell, part, [], time.perf_counter(), error=text)
 
     def _slices(self, rows: Sequence[Row]) -> Iterator[tuple[str, list[int], float]]:
         """(slice, row numbers, start time), the pooled one first."""
@@ -62,8 +103,30 @@ class RecordMaker:
             index = [i for i, row in enumerate(rows) if number in (0, row["batch"])]
             yield "overall" if number == 0 else f"batch:{number}", index, time.perf_counter()
 
-    def _counts(self, rows: Sequence[Row], index: Sequence[int]) -> Any:
-        return resampling_counts(len({rows[i]["case_id"] for i in index}), self.spec.seed)
+    def _scores(
+        self,
+        rows: Sequence[Row],
+        unedited: Sequence[Row] | None = None,
+        routes: Sequence[str] | None = None,
+        baseline: Sequence[Row] | None = None,
+    ) -> list[Score]:
+        """Scores of the rows of one slice, by the metrics of their schema."""
+        seed = self.spec.seed
+        if self.knowedit:
+            base = None if baseline is None else forced_shares(baseline)
+            scores = forced_scores(forced_shares(rows, unedited, routes), base, seed)
+        else:
+            table = tabulate_cell(rows, unedited, routes)
+            before = None if baseline is None else tabulate_cell(baseline)
+            counts = resampling_counts(len({row["case_id"] for row in rows}), seed)
+            scores = edit_scores(table, before, counts)
+        if self.spec.generation:
+            texts = measured(shown_rows(rows, unedited, routes), self.consistency)
+            base_texts = None if baseline is None else measured(baseline, self.consistency)
+            scores += text_scores(texts, base_texts, seed)
+        if routes is not None:
+            scores += route_scores(rows, routes, seed, FORCED_KINDS if self.knowedit else tuple(KINDS))
+        return scores
 
     def _record(
         self, cell: Cell | None, part: str, scores: Sequence[Score], started: float, error: str | None = None

@@ -1,13 +1,15 @@
-"""Datasets: the embedded facts, CounterFact, and files in CounterFact's schema; selection and checks."""
+"""Datasets: the embedded facts, CounterFact, KnowEdit, and files in their schemas; selection and checks."""
 
 import hashlib
 import json
 import os
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from editors import EditRequest
@@ -16,6 +18,19 @@ from harness.paths import read_lines
 FACTS_FILE = Path(__file__).parent / "facts" / "facts.jsonl.gz"
 COUNTERFACT_HUB = ("azhx/counterfact", "c01c413f856ee38f5c080c9fc5e87aff478e2ff9")
 COUNTERFACT_FILES = ("multi_counterfact.json", "counterfact.json", "counterfact_original*.jsonl")
+KNOWEDIT_HUB = (
+    "zjunlp/KnowEdit",
+    "6d218881e60c7c8be836bd2befd598eb3b318be4",
+    "benchmark/ZsRE/ZsRE-test-all.json",
+)
+KNOWEDIT_FILES = ("knowedit_zsre_test*.jsonl", "ZsRE-test-all.json")
+KNOWEDIT_OTHERS = 301  # records that KnowEdit's 1,301 leave beside the paper's 1,000 edits
+PORTABILITY = {  # a group's name in the files -> kind of its prompts
+    "Reasoning": "portability_reasoning",
+    "Subject_Aliasing": "portability_subject_aliasing",
+    "Logical_Generalization": "portability_logical_generalization",
+}
+NO_SUBJECT = "the subject is not in the prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +43,8 @@ class EditCase:
     paraphrase_prompts: tuple[str, ...]
     neighborhood_prompts: tuple[str, ...]
     generation_prompts: tuple[str, ...] = ()
+    relation_id: str | None = None  # with target_id it names the reference texts of consistency
+    target_id: str | None = None  # of target_new
 
     @property
     def rewrite_prompt(self) -> str:
@@ -43,6 +60,42 @@ class EditCase:
             "neighborhood": self.neighborhood_prompts,
         }
 
+    @property
+    def unrelated_prompts(self) -> tuple[str, ...]:
+        """What stands for unrelated queries in the router's corpus where this record is not edited."""
+        return (self.rewrite_prompt,)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt and the answers that are right after it, the protocol's first."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowEditCase(EditCase):
+    """A record of KnowEdit: every prompt has answers of its own (ALGORITHMS 8.2).
+
+    Its rephrased prompt stands among the paraphrases, the prompts of relation specificity among the
+    neighborhood; ``target_true`` is the first of ``truths``.
+    """
+
+    truths: tuple[str, ...]
+    probes: Mapping[str, tuple[Probe, ...]]  # kind -> prompts; kinds without any are left out
+    left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> prompts that are not scored
+
+    @property
+    def prompts(self) -> dict[str, tuple[str, ...]]:
+        """Scored prompts by kind."""
+        return {kind: tuple(probe.prompt for probe in probes) for kind, probes in self.probes.items()}
+
+    @property
+    def unrelated_prompts(self) -> tuple[str, ...]:
+        """The prompts of relation specificity."""
+        return self.neighborhood_prompts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -54,6 +107,11 @@ class Dataset:
     cases: tuple[EditCase, ...]
     dropped: Mapping[str, int]  # reason -> records left out
 
+    @property
+    def knowedit(self) -> bool:
+        """Whether its records are in KnowEdit's schema."""
+        return isinstance(self.cases[0], KnowEditCase)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -61,6 +119,7 @@ class Selection:
 
     cases: tuple[EditCase, ...]
     negatives: tuple[EditCase, ...]
+    unrelated: tuple[str, ...] = ()  # their prompts in the router's corpus
 
 
 def load_dataset(name: str, data: str | None = None) -> Dataset:
@@ -72,11 +131,17 @@ def load_dataset(name: str, data: str | None = None) -> Dataset:
     if name in DATASETS:
         return DATASETS[name](data or os.environ.get("SEQMMR_DATA") or None)
     if Path(name).exists():
-        return _from_records(name, Path(name).name, read_lines(Path(name)))
+        records = read_lines(Path(name))
+        in_schema = _from_knowedit if _looks_like_knowedit(records[0]) else _from_records
+        return in_schema(name, Path(name).name, records)
     raise ValueError(
         f"unknown dataset {name!r}; known: {', '.join(DATASETS)}; or give the path of a JSONL file "
-        "in CounterFact's schema"
+        "in CounterFact's or KnowEdit's schema"
     )
+
+
+def _looks_like_knowedit(record: Mapping[str, Any]) -> bool:
+    return "target_new" in record and "requested_rewrite" not in record
 
 
 def _facts(_: str | None) -> Dataset:
@@ -93,7 +158,19 @@ def _counterfact(data: str | None) -> Dataset:
     return _from_records("counterfact", f"{name}@{revision}", records)
 
 
-DATASETS: dict[str, Callable[[str | None], Dataset]] = {"facts": _facts, "counterfact": _counterfact}
+def _knowedit_zsre(data: str | None) -> Dataset:
+    if data is not None:
+        path = local_copy(data, KNOWEDIT_FILES)
+        return _from_knowedit("knowedit-zsre", path.name, read_lines(path))
+    name, revision, file = KNOWEDIT_HUB
+    return _from_knowedit("knowedit-zsre", f"{name}@{revision}/{file}", read_lines(hub_file(*KNOWEDIT_HUB)))
+
+
+DATASETS: dict[str, Callable[[str | None], Dataset]] = {
+    "facts": _facts,
+    "counterfact": _counterfact,
+    "knowedit-zsre": _knowedit_zsre,
+}
 
 
 def local_copy(data: str, patterns: Sequence[str]) -> Path:
@@ -122,19 +199,41 @@ def hub_records(name: str, revision: str, splits: Sequence[str]) -> list[dict[st
             dict(record) for split in splits for record in load_from_hub(name, revision=revision, split=split)
         ]
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"dataset {name}@{revision[:8]} cannot be fetched: {reason} -- give a local copy with --data "
-            "or SEQMMR_DATA"
-        ) from None
+        raise _not_fetched(name, revision, error) from None
+
+
+def hub_file(name: str, revision: str, file: str) -> Path:
+    """A file of a dataset on the hub, at a pinned revision, as it is there."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _not_fetched(name, revision, error) from None
+
+
+def _not_fetched(name: str, revision: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(
+        f"dataset {name}@{revision[:8]} cannot be fetched: {reason} -- give a local copy with --data "
+        "or SEQMMR_DATA"
+    )
+
+
+def _digest(records: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(list(records), sort_keys=True).encode()).hexdigest()
+
+
+def _check_case_ids(source: str, case_ids: Sequence[int | str]) -> None:
+    repeated = [case_id for case_id, count in Counter(case_ids).items() if count > 1]
+    if repeated:
+        raise ValueError(f"dataset {source}: case_id {repeated[0]!r} occurs more than once")
 
 
 def _from_records(name: str, source: str, records: Sequence[Mapping[str, Any]]) -> Dataset:
-    digest = hashlib.sha256(json.dumps(list(records), sort_keys=True).encode()).hexdigest()
+    digest = _digest(records)
     cases = [to_case(record, number) for number, record in enumerate(records, start=1)]
-    repeated = [case_id for case_id, count in Counter(case.case_id for case in cases).items() if count > 1]
-    if repeated:
-        raise ValueError(f"dataset {source}: case_id {repeated[0]!r} occurs more than once")
+    _check_case_ids(source, [case.case_id for case in cases])
     facts = Counter(_fact(record) for record in records)
     kept = [
         case
@@ -153,15 +252,149 @@ def _fact(record: Mapping[str, Any]) -> tuple[str, str]:
     return rewrite["subject"], str(relation)
 
 
+def _from_knowedit(name: str, source: str, records: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Records in KnowEdit's schema. Repeated and contradicting edits stay, as the paper edits them too."""
+    found = [to_knowedit_case(record, number) for number, record in enumerate(records)]
+    cases = tuple(case for case in found if case is not None)
+    _check_case_ids(source, [case.case_id for case in cases])
+    if not cases:
+        raise ValueError(f"dataset {source}: in all {len(records)} records {NO_SUBJECT}")
+    dropped = {NO_SUBJECT: len(records) - len(cases)}
+    return Dataset(name=name, source=source, digest=_digest(records), cases=cases, dropped=dropped)
+
+
+def to_knowedit_case(record: Mapping[str, Any], number: int) -> KnowEditCase | None:
+    """A record in KnowEdit's schema as a case; None if its subject is not in its prompt.
+
+    number: its position from 0, used where it has no case id. Raises ValueError naming case and field.
+    """
+    case_id = _case_id(record, number)
+    where = f"case {case_id}"
+    prompt, subject, target_new = (
+        _text(_field(record, name, str, where), f"{where}, {name}").strip()
+        for name in ("prompt", "subject", "target_new")
+    )
+    truths = tuple(_answers(_field(record, "ground_truth", str | list, where), f"{where}, ground_truth"))
+    if not truths:
+        raise ValueError(f"{where}: field 'ground_truth' is {record['ground_truth']!r}; it needs an answer")
+    left_out: Counter[str] = Counter()
+    probes = {"rewrite": (Probe(prompt, (target_new,)),)} | _knowedit_probes(
+        record, target_new, where, left_out
+    )
+    place = _subject_in(prompt, subject)
+    if place is None:
+        return None
+    request = EditRequest(
+        case_id=case_id,
+        prompt=prompt[: place.start()] + "{}" + prompt[place.end() :],
+        subject=place.group(),  # spelled as in the prompt, so that filling it in gives the prompt back
+        target_new=target_new,
+    )
+    return KnowEditCase(
+        case_id=case_id,
+        request=request,
+        target_true=truths[0],
+        truths=truths,
+        paraphrase_prompts=_prompts_of(probes, "rephrase"),
+        neighborhood_prompts=_prompts_of(probes, "relation_specificity"),
+        probes=probes,
+        left_out=dict(left_out),
+    )
+
+
+def _prompts_of(probes: Mapping[str, tuple[Probe, ...]], kind: str) -> tuple[str, ...]:
+    return tuple(probe.prompt for probe in probes.get(kind, ()))
+
+
+def _knowedit_probes(
+    record: Mapping[str, Any], target_new: str, where: str, left_out: Counter[str]
+) -> dict[str, tuple[Probe, ...]]:
+    """The prompts beside the edit's own, by kind; what is not scored is counted in ``left_out``."""
+    found: dict[str, tuple[Probe, ...]] = {}
+    rephrased = record.get("rephrase_prompt", record.get("rephrase"))
+    if rephrased is not None:
+        found["rephrase"] = (Probe(_text(rephrased, f"{where}, rephrase_prompt").strip(), (target_new,)),)
+    for group, probes in _groups(record, "portability", where, left_out):
+        if group in PORTABILITY:
+            found[PORTABILITY[group]] = probes
+        else:
+            left_out[f"portability {group}"] += len(probes)
+    for group, probes in _groups(record, "locality", where, left_out):
+        if group == "Relation_Specificity":
+            found["relation_specificity"] = tuple(Probe(p.prompt, p.answers[:1]) for p in probes)
+        else:
+            left_out[f"locality {group}"] += len(probes)
+    return {kind: probes for kind, probes in found.items() if probes}
+
+
+def _subject_in(prompt: str, subject: str) -> re.Match[str] | None:
+    """The first place of the subject, spelled as it is if it is there so, else in any case of its letters."""
+    pattern = re.escape(subject)
+    return re.search(pattern, prompt) or re.search(pattern, prompt, re.IGNORECASE)
+
+
+def _groups(
+    record: Mapping[str, Any], name: str, where: str, left_out: Counter[str]
+) -> Iterator[tuple[str, tuple[Probe, ...]]]:
+    """The groups of ``portability`` or ``locality``; prompts whose forced answer is blank are left out."""
+    groups = record.get(name) or {}
+    if not isinstance(groups, dict):
+        raise ValueError(f"{where}: field {name!r} is {groups!r}, not a dict")
+    for group, entries in groups.items():
+        inside = f"{where}, {name}.{group}"
+        if not isinstance(entries, list | None):
+            raise ValueError(f"{inside} is {entries!r}, not a list")
+        probes = []
+        for i, entry in enumerate(entries or ()):
+            at = f"{inside}[{i}]"
+            if not isinstance(entry, dict):
+                raise ValueError(f"{at} is {entry!r}, not a dict")
+            prompt = _text(_field(entry, "prompt", str, at), f"{at}.prompt").strip()
+            given = _field(entry, "ground_truth", str | list, at)
+            answers = tuple(_answers(given, f"{at}.ground_truth"))
+            if _first(given).strip():
+                probes.append(Probe(prompt, answers))
+            else:
+                left_out["blank answer"] += 1
+        yield group, tuple(probes)
+
+
+def _answers(given: Any, where: str) -> Iterator[str]:
+    """All answers of nested lists that are not blank, each once, in order; the first is the forced one."""
+    leaves: list[Any] = [given]
+    seen: set[str] = set()
+    while leaves:
+        leaf = leaves.pop(0)
+        if isinstance(leaf, list):
+            leaves[:0] = leaf
+        elif not isinstance(leaf, str):
+            raise ValueError(f"{where}: {leaf!r} is not a text")
+        elif (answer := leaf.strip()) and answer not in seen:
+            seen.add(answer)
+            yield answer
+
+
+def _first(given: Any) -> str:
+    """The first element of nested lists, as the protocol reduces them; empty if there is none."""
+    while isinstance(given, list):
+        given = given[0] if given else ""
+    return str(given)
+
+
+def _case_id(record: Mapping[str, Any], number: int) -> int | str:
+    case_id = record.get("case_id", number)
+    if not isinstance(case_id, int | str) or isinstance(case_id, bool):
+        raise ValueError(f"record {number}: case_id {case_id!r} is neither a number nor a text")
+    return case_id
+
+
 def to_case(record: Mapping[str, Any], number: int) -> EditCase:
     """A record in CounterFact's schema as a case.
 
     number: its position, used where it has no case id. Raises ValueError naming case and field.
     """
-    case_id = record.get("case_id", number)
+    case_id = _case_id(record, number)
     where = f"case {case_id}"
-    if not isinstance(case_id, int | str) or isinstance(case_id, bool):
-        raise ValueError(f"record {number}: case_id {case_id!r} is neither a number nor a text")
     rewrite = _field(record, "requested_rewrite", dict, where)
     inside = f"{where}, requested_rewrite"
     target_new, target_true = (
@@ -183,14 +416,17 @@ def to_case(record: Mapping[str, Any], number: int) -> EditCase:
         paraphrase_prompts=_prompts(record, "paraphrase_prompts", 1, where),
         neighborhood_prompts=_prompts(record, "neighborhood_prompts", 1, where),
         generation_prompts=_prompts(record, "generation_prompts", 0, where),
+        relation_id=rewrite.get("relation_id"),
+        target_id=rewrite["target_new"].get("id"),
     )
 
 
-def _field(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+def _field(record: Mapping[str, Any], name: str, kind: type | UnionType, where: str) -> Any:
     if name not in record:
         raise ValueError(f"{where}: field {name!r} is missing")
     if not isinstance(record[name], kind):
-        raise ValueError(f"{where}: field {name!r} is {record[name]!r}, not a {kind.__name__}")
+        wanted = str(kind).replace("|", "or") if isinstance(kind, UnionType) else kind.__name__
+        raise ValueError(f"{where}: field {name!r} is {record[name]!r}, not a {wanted}")
     return record[name]
 
 
@@ -215,7 +451,8 @@ def select(
     """The records to edit, and unrelated ones drawn from the rest; and what a report must say of it.
 
     order: "first" takes the first records of the file, "random" draws them with the seed.
-    negatives: how many others; None: as many as edits. Fewer if the data has fewer.
+    negatives: how many others; None: as many as edits, of KnowEdit all unrelated prompts of 301 records.
+    Fewer if the data has fewer.
     Raises ValueError if there are not enough records to edit.
     """
     cases = dataset.cases
@@ -227,14 +464,79 @@ def select(
     generator = random.Random(seed)
     chosen = list(range(edits)) if order == "first" else generator.sample(range(len(cases)), edits)
     taken = set(chosen)
-    rest = [i for i in range(len(cases)) if i not in taken]
+    rest = [cases[i] for i in range(len(cases)) if i not in taken]
+    edited = tuple(cases[i] for i in chosen)
+    if dataset.knowedit:
+        return _knowedit_selection(dataset, edited, rest, negatives, generator)
     wanted = edits if negatives is None else negatives
-    drawn = generator.sample(rest, min(wanted, len(rest)))
+    drawn = tuple(generator.sample(rest, min(wanted, len(rest))))
     notes = []
     if len(drawn) < wanted:
         notes.append(
             f"The router has {len(drawn)} unrelated prompts instead of {wanted}: {dataset.name} has no more "
             "records beside the edited ones."
         )
-    selection = Selection(cases=tuple(cases[i] for i in chosen), negatives=tuple(cases[i] for i in drawn))
+    unrelated = tuple(prompt for case in drawn for prompt in case.unrelated_prompts)
+    return Selection(cases=edited, negatives=drawn, unrelated=unrelated), notes
+
+
+def _knowedit_selection(
+    dataset: Dataset,
+    edited: tuple[EditCase, ...],
+    rest: Sequence[EditCase],
+    negatives: int | None,
+    generator: random.Random,
+) -> tuple[Selection, list[str]]:
+    """Unrelated prompts are those of relation specificity, of 301 other records or ``negatives`` in all."""
+    drawn = generator.sample(rest, min(KNOWEDIT_OTHERS, len(rest)) if negatives is None else len(rest))
+    pairs = [(case, prompt) for case in drawn for prompt in case.unrelated_prompts][:negatives]
+    used = {case.case_id for case, _ in pairs}
+    selection = Selection(
+        cases=edited,
+        negatives=tuple(case for case in drawn if case.case_id in used),
+        unrelated=tuple(prompt for _, prompt in pairs),
+    )
+    notes = list(_knowedit_notes(dataset, selection))
+    if negatives is None and len(drawn) < KNOWEDIT_OTHERS:
+        notes.append(
+            f"The router has the {len(pairs)} unrelated prompts of {len(drawn)} records instead of "
+            f"{KNOWEDIT_OTHERS}: {dataset.name} has no more records beside the edited ones."
+        )
+    elif negatives is not None and len(pairs) < negatives:
+        notes.append(
+            f"The router has {len(pairs)} unrelated prompts instead of {negatives}: {dataset.name} has no "
+            "more in the records beside the edited ones."
+        )
     return selection, notes
+
+
+def _knowedit_notes(dataset: Dataset, selection: Selection) -> Iterator[str]:
+    """What a report must say of the records: those left out, and edits that cannot or need not all take."""
+    if dataset.dropped[NO_SUBJECT]:
+        yield f"Records of {dataset.name} left out because {NO_SUBJECT}: {dataset.dropped[NO_SUBJECT]}."
+    cases = [case for case in selection.cases if isinstance(case, KnowEditCase)]
+    targets: dict[tuple[str, str], Counter[str]] = {}
+    for case in cases:
+        key = (case.request.subject, case.rewrite_prompt)
+        targets.setdefault(key, Counter())[case.request.target_new] += 1
+    counts = {
+        "write what is true already": sum(case.request.target_new in case.truths for case in cases),
+        "repeat another edit": sum(n - 1 for found in targets.values() for n in found.values()),
+        "contradict another edit (same subject and prompt, another target; the later one overwrites)": sum(
+            found.total() for found in targets.values() if len(found) > 1
+        ),
+    }
+    told = [f"{count} {what}" for what, count in counts.items() if count]
+    if told:
+        yield f"Of the {len(cases):,} edited records {', '.join(told)}. All are edited and scored."
+    left_out = sum((Counter(case.left_out) for case in cases), Counter[str]())
+    if left_out:
+        listed = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
+        yield f"Prompts of the edited records that are not scored: {listed}."
+    subjects = {case.request.subject for case in cases}
+    shared = [case for case in selection.negatives if case.request.subject in subjects]
+    if shared:
+        yield (
+            f"Of the {len(selection.negatives)} records whose prompts stand for unrelated queries "
+            f"{len(shared)} have a subject that is edited too."
+        )

@@ -1,19 +1,29 @@
-"""Edit metrics of CounterFact from scored prompts, with bootstrap intervals over records (ALGORITHMS 8.1).
+"""Edit metrics from scored prompts, with bootstrap intervals over records: CounterFact's (ALGORITHMS 8.1)
+and KnowEdit's (8.2).
 
 Every prompt is scored once per weight set. A routed cell only chooses, prompt by prompt, between the
 outcome under the unedited model and that under the edited one, so it costs no forward.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.data import PORTABILITY
 from reports.record import Score
 
 KINDS = {"rewrite": "efficacy", "paraphrase": "generalization", "neighborhood": "locality"}
+FORCED = {  # KnowEdit: metric -> kind of prompt, and the fields whose ratio is a prompt's share of tokens
+    "rewrite_acc": ("rewrite", "tokens_right", "tokens"),
+    "rephrase_acc": ("rephrase", "tokens_right", "tokens"),
+    **{kind: (kind, "tokens_right", "tokens") for kind in PORTABILITY.values()},
+    "relation_specificity": ("relation_specificity", "tokens_agreeing", "tokens"),
+    **{f"{kind}_any": (kind, "tokens_right_any", "tokens_any") for kind in PORTABILITY.values()},
+}
+FORCED_KINDS = tuple(dict.fromkeys(kind for kind, *_ in FORCED.values()))
 RESAMPLES = 2000
 Array = NDArray[np.float64]
 
@@ -41,10 +51,9 @@ def tabulate_cell(
     order: dict[Any, int] = {}
     values: dict[tuple[int, str], list[tuple[bool, bool]]] = {}
     for i, row in enumerate(cases):
-        shown = row
-        if routes is not None and routes[i] == "unedited":
-            assert unedited is not None and unedited[i]["prompt"] == row["prompt"]
-            shown = unedited[i]
+        if row["kind"] not in KINDS:
+            continue
+        shown = _shown(i, cases, unedited, routes)
         record = order.setdefault(row["case_id"], len(order))
         values.setdefault((record, row["kind"]), []).append(_outcome(shown))
     means = np.array(  # (records, kinds, 2)
@@ -53,6 +62,19 @@ def tabulate_cell(
     )
     prompts = {kind: sum(row["kind"] == kind for row in cases) for kind in KINDS}
     return Table(success=means[..., 0], argmax=means[..., 1], prompts=prompts)
+
+
+def _shown(
+    i: int,
+    cases: Sequence[Mapping[str, Any]],
+    unedited: Sequence[Mapping[str, Any]] | None,
+    routes: Sequence[str] | None,
+) -> Mapping[str, Any]:
+    """The outcome of a prompt that a cell shows: its own, or the unedited model's if routed there."""
+    if routes is None or routes[i] != "unedited":
+        return cases[i]
+    assert unedited is not None and unedited[i]["prompt"] == cases[i]["prompt"]
+    return unedited[i]
 
 
 def _outcome(row: Mapping[str, Any]) -> tuple[bool, bool]:
@@ -87,7 +109,8 @@ def edit_scores(table: Table, baseline: Table | None, counts: Array) -> list[Sco
         for column, (kind, name) in enumerate(KINDS.items()):
             scores.append(
                 _score(name + suffix, value[column], drawn[:, column], table.prompts[kind],
-                       None if base is None else (base[0][column], base[1][:, column]))
+                       None if base is None else (base[0][column], base[1][:, column]),
+                       protocol="teacher_forced" if suffix else "probability")
             )  # fmt: skip
         if part == "success":
             mean = None if base is None else (harmonic_mean(base[0]), harmonic_mean(base[1]))
@@ -102,7 +125,14 @@ def _rates(values: Array, counts: Array) -> tuple[Array, Array]:
     return values.mean(axis=0), counts @ values / len(values)
 
 
-def _score(name: str, value: Any, drawn: Array, n: int, base: tuple[Any, Array] | None) -> Score:
+def _score(
+    name: str,
+    value: Any,
+    drawn: Array,
+    n: int,
+    base: tuple[Any, Array] | None,
+    protocol: str = "probability",
+) -> Score:
     low, high = np.quantile(drawn, (0.025, 0.975))
     difference = low_d = high_d = None
     if base is not None:
@@ -110,15 +140,68 @@ def _score(name: str, value: Any, drawn: Array, n: int, base: tuple[Any, Array] 
         low_d, high_d = (float(q) for q in np.quantile(drawn - base[1], (0.025, 0.975)))
     return Score(
         metric=name, value=float(value), low=float(low), high=float(high), n=n,
-        protocol="teacher_forced" if name.endswith("_argmax") else "probability",
+        protocol=protocol,
         difference=difference, difference_low=low_d, difference_high=high_d,
     )  # fmt: skip
 
 
-def route_scores(cases: Sequence[Mapping[str, Any]], routes: Sequence[str], seed: int) -> list[Score]:
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """One KnowEdit metric of one cell: the mean over its prompts of every record that has any."""
+
+    values: Array  # (records with such prompts,)
+    prompts: int
+
+
+def forced_shares(
+    cases: Sequence[Mapping[str, Any]],
+    unedited: Sequence[Mapping[str, Any]] | None = None,
+    routes: Sequence[str] | None = None,
+) -> dict[str, Shares]:
+    """KnowEdit's metrics by name, those left out that no record has prompts for.
+
+    cases, unedited, routes: as ``tabulate_cell`` takes them.
+    """
+    values: dict[str, dict[Any, list[float]]] = {}
+    for i, row in enumerate(cases):
+        shown = _shown(i, cases, unedited, routes)
+        for metric, (kind, right, tokens) in FORCED.items():
+            if kind == row["kind"]:
+                values.setdefault(metric, {}).setdefault(row["case_id"], []).append(
+                    shown[right] / shown[tokens]
+                )
+    return {
+        metric: Shares(
+            values=np.array([np.mean(shares) for shares in values[metric].values()], dtype=np.float64),
+            prompts=sum(map(len, values[metric].values())),
+        )
+        for metric in FORCED
+        if metric in values
+    }
+
+
+def forced_scores(
+    shares: Mapping[str, Shares], baseline: Mapping[str, Shares] | None, seed: int
+) -> list[Score]:
+    """KnowEdit's scores with 95 % percentile-bootstrap intervals, and paired differences to a baseline.
+
+    A metric's intervals resample the records that have it; cells of one run have the same ones.
+    """
+    scores: list[Score] = []
+    for metric, own in shares.items():
+        counts = resampling_counts(len(own.values), seed)
+        value, drawn = _rates(own.values, counts)
+        base = None if baseline is None else _rates(baseline[metric].values, counts)
+        scores.append(_score(metric, value, drawn, own.prompts, base, protocol="teacher_forced"))
+    return scores
+
+
+def route_scores(
+    cases: Sequence[Mapping[str, Any]], routes: Sequence[str], seed: int, kinds: Iterable[str] = KINDS
+) -> list[Score]:
     """Share of prompts of each kind sent to the edited model, per record and then over records."""
     scores: list[Score] = []
-    for kind in KINDS:
+    for kind in kinds:
         shares: dict[Any, list[float]] = {}
         for row, route in zip(cases, routes, strict=True):
             if row["kind"] == kind:
@@ -132,3 +215,102 @@ def route_scores(cases: Sequence[Mapping[str, Any]], routes: Sequence[str], seed
                       n=sum(len(share) for share in shares.values()), protocol="routing")
             )  # fmt: skip
     return scores
+
+
+def text_scores(
+    measures: Mapping[str, Mapping[Any, float]], baseline: Mapping[str, Mapping[Any, float]] | None, seed: int
+) -> list[Score]:
+    """Scores of generated texts, with intervals over records and paired differences to a baseline.
+
+    measures: metric -> case_id -> value, as ``harness.generation.measured`` gives them.
+    """
+    scores: list[Score] = []
+    for metric, values in measures.items():
+        counts = resampling_counts(len(values), seed)
+        value, drawn = _rates(np.array(list(values.values())), counts)
+        base = None if baseline is None else _rates(np.array([baseline[metric][c] for c in values]), counts)
+        scores.append(_score(metric, value, drawn, len(values), base, protocol="generated"))
+    return scores
+
+
+def shown_rows(
+    cases: Sequence[Mapping[str, Any]],
+    unedited: Sequence[Mapping[str, Any]] | None = None,
+    routes: Sequence[str] | None = None,
+) -> list[Mapping[str, Any]]:
+    """The outcomes that a cell shows, as ``tabulate_cell`` takes them."""
+    return [_shown(i, cases, unedited, routes) for i in range(len(cases))]
+
+
+def task_scores(
+    rows: Sequence[Mapping[str, Any]], unedited: Sequence[Mapping[str, Any]] | None, seed: int
+) -> list[Score]:
+    """Scores of one general task, with 95 % intervals over its records (ALGORITHMS 8.3).
+
+    rows: one a record, as ``cases.jsonl.gz`` has them. unedited: of the same records under the unedited
+    model, to which the differences are; None where rows are its own. ``gold_margin`` is in nats.
+    """
+    counts = resampling_counts(len(rows), seed)
+    found = _task_values(rows, counts)
+    before = None if unedited is None else _task_values(unedited, counts)
+    scores = [
+        _score(name, *values, len(rows), None if before is None else before[name],
+               protocol="generated" if name == "f1_generated" else "log_probability")
+        for name, values in found.items()
+    ]  # fmt: skip
+    same = _column(rows, "pred") == _column(rows if unedited is None else unedited, "pred")
+    agreement = _mean(same.astype(np.float64), counts)
+    return [*scores, _score("agreement", *agreement, len(rows), None, protocol="log_probability")]
+
+
+def _task_values(rows: Sequence[Mapping[str, Any]], counts: Array) -> dict[str, tuple[float, Array]]:
+    """Metric -> its value and that of each resample."""
+    gold, pred = _column(rows, "gold"), _column(rows, "pred")
+    margins = np.array([_margin(row["choice_logprobs"], row["gold"]) for row in rows])
+    values = {
+        "f1_weighted": _f1(gold, pred, counts, weighted=True),
+        "f1_macro": _f1(gold, pred, counts, weighted=False),
+        "accuracy": _mean((gold == pred).astype(np.float64), counts),
+        "gold_margin": _mean(margins, counts),
+    }
+    if all(row["pred_generated"] is not None for row in rows):
+        values["f1_generated"] = _f1(gold, _column(rows, "pred_generated"), counts, weighted=True)
+    return values
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.int64]:
+    return np.array([row[name] for row in rows], dtype=np.int64)
+
+
+def _margin(logprobs: Sequence[float], gold: int) -> float:
+    """By how much the right choice is likelier than the best of the others."""
+    return logprobs[gold] - max(value for i, value in enumerate(logprobs) if i != gold)
+
+
+def _mean(values: Array, counts: Array) -> tuple[float, Array]:
+    return float(values.mean()), counts @ values / len(values)
+
+
+def _f1(
+    gold: NDArray[np.int64], pred: NDArray[np.int64], counts: Array, *, weighted: bool
+) -> tuple[float, Array]:
+    """F1 over classes, weighted by how often each is right, or the mean over those that occur.
+
+    A class that a resample has neither as right nor as predicted does not occur in it.
+    """
+    weights = np.vstack([np.ones(len(gold)), counts])  # the records themselves, then each resample
+    classes = np.union1d(gold, pred)
+    right = np.stack([weights @ ((gold == c) & (pred == c)) for c in classes], axis=1)
+    support = np.stack([weights @ (gold == c) for c in classes], axis=1)
+    both = support + np.stack([weights @ (pred == c) for c in classes], axis=1)
+    each = np.divide(2 * right, both, out=np.zeros_like(right), where=both > 0)
+    shares = support if weighted else (both > 0).astype(np.float64)
+    values = (each * shares).sum(axis=1) / shares.sum(axis=1)
+    return float(values[0]), values[1:]
+
+
+def task_route_score(routes: Sequence[str], seed: int) -> Score:
+    """Share of a task's records sent to the edited model."""
+    sent = np.array([float(route == "edited") for route in routes])
+    share = _mean(sent, resampling_counts(len(sent), seed))
+    return _score("route_task", *share, len(sent), None, protocol="routing")

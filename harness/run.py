@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from editors import Editor, EditStream, dense
 from editors.sites import sites_for
 from harness import onednn
 from harness.cells import RecordMaker, Row
-from harness.data import EditCase, load_dataset, select
+from harness.data import EditCase, KnowEditCase, load_dataset, select
 from harness.deltas import delta_path, read_delta, read_state, state_path, write_delta, write_state
 from harness.encoders import encoder
 from harness.folder import RunFolder, SpecMismatchError, provenance
-from harness.grid import NO_MERGE, cells_of, merge_ratios, needs_unmerged, weights_id
+from harness.generation import load_references, sample_texts, text_rows
+from harness.grid import NO_MERGE, Cell, cells_of, merge_ratios, needs_unmerged, weights_id
 from harness.models import (
     LoadedModel,
     edit_in_float32,
@@ -31,6 +32,7 @@ from harness.models import (
     weights_in_place,
 )
 from harness.paths import cache_folder, read_lines, write_lines_gz
+from harness.probes import batch_probes, probe_fields
 from harness.progress import Display, Stage
 from harness.scoring import Answer, Query, score
 from harness.spec import CORPORA, HyperparameterFile, RunSpec
@@ -39,7 +41,10 @@ from merging import MERGERS
 from merging.chain import shadow_chain
 from reports.record import Record
 from reports.render import write_reports
-from routing import ROUTERS
+from routing import ROUTERS, Decision
+
+if TYPE_CHECKING:
+    from harness.capability import Evaluator, Suite
 
 Weights = dict[str, Tensor]
 NOT_APPLICABLE = "not applicable"
@@ -74,12 +79,22 @@ def run_grid(
     if spec.stats not in CORPORA:
         read_texts(spec.stats)  # refused now if it is broken, not after the model is loaded
         inputs["stats_digest"] = file_digest(Path(spec.stats))
+    if spec.generation and not any(case.generation_prompts for case in selection.cases):
+        raise ValueError(f"records of {spec.dataset!r} have no generation_prompts; leave out --generation")
+    if spec.references is not None:
+        load_references(spec.references, selection.cases)  # refused now if it is of no use
+        inputs["references_digest"] = file_digest(Path(spec.references))
+    suite = _load_suite(spec, data)
+    if suite is not None:
+        inputs["capability_digest"] = suite.digest
     embed = (
         encoder(spec.encoder, cache=cache_folder("embeddings"), device=spec.device) if spec.routes else None
     )
     source = find_model(spec.model)
     _check_layers(spec, model_config(source))
     made_of = provenance(spec, dataset, selection, embed.identity if embed else None)
+    if suite is not None:
+        made_of["capability"] = suite.facts()
     if hyperparameters is not None:
         made_of["hyperparameter_sources"] |= hyperparameters.sources_of(spec.editors)
         notes += hyperparameters.overlap(dataset, selection)
@@ -87,10 +102,10 @@ def run_grid(
     with display.live():
         with display.stage(f"load {spec.model}") as stage:
             loaded = load_model(spec.model, source, dtype=getattr(torch, spec.dtype), device=spec.device)
-            run = _Run(spec, folder, display, loaded, selection.cases)
+            run = _Run(spec, folder, display, loaded, selection.cases, suite)
             run.timed("load", stage)
         if embed is not None:
-            run.route(embed, [case.rewrite_prompt for case in selection.negatives])
+            run.route(embed, selection.unrelated)
         try:
             failed = run.all_editors()
         except SpecMismatchError:
@@ -100,6 +115,15 @@ def run_grid(
         folder.note(status="failed" if failed else "complete", notes=[*notes, *run.notes, *folder.notes])
         write_reports(out)
     return failed
+
+
+def _load_suite(spec: RunSpec, data: str | None) -> "Suite | None":
+    """The general tasks of a spec with their records; lm-eval is imported only where there are any."""
+    if not spec.capability:
+        return None
+    from harness.capability import load_suite
+
+    return load_suite(spec.capability, data)
 
 
 def _check_layers(spec: RunSpec, config: Any) -> None:
@@ -147,19 +171,30 @@ class _Run:
         display: Display,
         loaded: LoadedModel,
         cases: Sequence[EditCase],
+        suite: "Suite | None",
     ) -> None:
         self.spec, self.folder, self.display, self.loaded = spec, folder, display, loaded
         self.out = folder.path
         self.cases = cases
         self.batches = [cases[i : i + spec.batch_size] for i in range(0, spec.edits, spec.batch_size)]
-        self.queries = list(batch_queries(self.batches))
+        self.knowedit = isinstance(cases[0], KnowEditCase)
+        self.probes = list(batch_probes(self.batches)) if self.knowedit else []
+        self.queries = [] if self.knowedit else list(batch_queries(self.batches))
+        self.texts = list(text_rows(self.batches)) if spec.generation else []
+        self.prompts = [*(row for row, _ in self.probes or self.queries), *self.texts]
         self.routes: Routes = {}
         self.routing_error: str | None = None
+        self.suite = suite
+        self.task_routes: Routes = {}
+        self.task_rows: dict[str, list[Row] | str] = {}  # weight set -> outcomes of general tasks, or error
+        self._evaluator: Evaluator | None = None
         self.records = RecordMaker(
             spec=spec,
             run_id=folder.info["run_id"],
             model_digest=loaded.digest,
             data_digest=folder.info["spec"]["data_digest"],
+            knowedit=self.knowedit,
+            consistency=load_references(spec.references, cases) if spec.references else None,
         )
         model = {"name": spec.model, "revision": loaded.revision, "digest": loaded.digest}
         folder.same("model", model)
@@ -171,7 +206,9 @@ class _Run:
         folder.info["provenance"]["onednn_layers"] = packed
         self.base: Weights = {n: loaded.model.get_parameter(n).detach().clone() for n in names}
         self._covariances: dict[int, Covariance] = {}
-        self.notes: list[str] = []
+        self.notes: list[str] = suite.notes(loaded.tokenizer) if suite else []
+        if spec.generation and spec.references is None:
+            self.notes.append("Consistency is not available: no reference texts were given (--references).")
 
     def timed(self, name: str, stage: Stage) -> float:
         """Note how long a stage has taken so far; the seconds."""
@@ -189,19 +226,24 @@ class _Run:
                 router = kind(config(top_k=spec.top_k[0]), embed)
                 router.add("edited", [case.rewrite_prompt for case in self.cases])
                 router.add(None, unrelated)
-                decisions = router.route_many([query.prompt for _, query in self.queries], spec.top_k)
+                decisions = router.route_many([row["prompt"] for row in self.prompts], spec.top_k)
+                if self.suite is not None:
+                    prompts = [item.prompt for item in self.suite.items]
+                    self.task_routes = _named(router.route_many(prompts, spec.top_k))
                 self.timed("route", stage)
         except Exception as error:  # the cells without a router do not depend on it
             self.routing_error = self._said("routing", error)
             return
-        self.routes = {k: [(d.expert or "unedited", d.score) for d in made] for k, made in decisions.items()}
+        self.routes = _named(decisions)
 
     def all_editors(self) -> int:
         """The unedited model, then editor after editor; how many cells failed."""
         order = ("none", *self.spec.editors)
         self.unedited = self._outcomes("unedited", self.base)
-        self.folder.write_records("none", self.records.unedited(self.unedited), order)
-        failed = 0
+        self._ability("unedited", self.base)
+        records = [*self.records.unedited(self.unedited), *self._task_records(None)]
+        self.folder.write_records("none", records, order)
+        failed = sum(record.error is not None for record in records)
         for editor in self.spec.editors:
             records = list(self._editor(editor))
             failed += sum(record.error not in (None, NOT_APPLICABLE) for record in records)
@@ -253,6 +295,7 @@ class _Run:
                 baseline=None if cell.name == "baseline" else baseline or None,
                 routes=None if cell.top_k is None else [route for route, _ in self.routes[cell.top_k]],
             )
+            yield from self._task_records(cell)
 
     def _said(self, what: str, error: Exception) -> str:
         """An error as one line, shown and kept; its traceback is in the log."""
@@ -274,7 +317,9 @@ class _Run:
             weights = self._edit(editor, name, ratio)
         else:
             weights = self._merged(editor, ratio)
-        return self._outcomes(name, weights)
+        rows = self._outcomes(name, weights)
+        self._ability(name, weights)
+        return rows
 
     def _edit(self, editor: str, chain: str, ratio: float | None) -> Weights:
         """Edit batch after batch from the unedited weights; the weights after the last one.
@@ -410,42 +455,112 @@ class _Run:
         model = self.loaded.model
         cast = {n: value.to(model.dtype) for n, value in weights.items()}
         with self.display.stage(f"score {name}") as stage, weights_in_place(model, cast):
-            answers = score(
-                model,
-                self.loaded.tokenizer,
-                [query for _, query in self.queries],
-                progress=lambda done, total: stage.update(done / total),
-            )
+            fields = self._fields(name, lambda done, total: stage.update(done / total))
             seconds = self.timed(f"score {name}", stage)
+        scored = len(fields)
+        if self.texts:
+            with self.display.stage(f"texts {name}") as stage, weights_in_place(model, cast):
+                prompts = {f"{row['case_id']}/{row['index']}": row["prompt"] for row in self.texts}
+                tell: Progress = lambda done, total: stage.update(done / total)
+                texts = sample_texts(
+                    model, self.loaded.tokenizer, prompts, seed=self.spec.seed, progress=tell
+                )
+                fields += [{"text": text} for text in texts]
+                self.timed(f"texts {name}", stage)
         rows = [
             {
                 "weights": name,
                 "edits_applied": 0 if name == "unedited" else self.spec.edits,
                 **row,
-                **answer_fields(answer),
+                **found,
             }
-            for (row, _), answer in zip(self.queries, answers, strict=True)
+            for row, found in zip(self.prompts, fields, strict=True)
         ]
         write_lines_gz(path, rows)
         if name in self.spec.editors:
-            self._measured(name, inference_seconds_per_sample=seconds / len(rows))
+            self._measured(name, inference_seconds_per_sample=seconds / scored)
         return rows
+
+    def _fields(self, name: str, progress: Progress) -> list[Row]:
+        """What every prompt's row says under the weights that are in the model, by its schema."""
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        if self.knowedit:
+            unedited = None if name == "unedited" else self.unedited
+            return probe_fields(model, tokenizer, self.probes, unedited=unedited, progress=progress)
+        queries = [query for _, query in self.queries]
+        return [answer_fields(answer) for answer in score(model, tokenizer, queries, progress=progress)]
+
+    def _ability(self, name: str, weights: Weights) -> None:
+        """The general tasks under one weight set; an error costs only their own records."""
+        if self.suite is None:
+            return
+        path = self.out / "scores" / "tasks" / f"{name}.jsonl.gz"
+        if path.is_file():
+            self.task_rows[name] = read_lines(path)
+            return
+        from harness.capability import Evaluator
+
+        model = self.loaded.model
+        cast = {n: value.to(model.dtype) for n, value in weights.items()}
+        try:
+            with self.display.stage(f"general tasks with {name}") as stage:
+                if self._evaluator is None:
+                    self._evaluator = Evaluator(
+                        self.suite, model, self.loaded.tokenizer, changing=list(self.base)
+                    )
+                with weights_in_place(model, cast):
+                    found = self._evaluator.rows()
+                self.timed(f"general tasks with {name}", stage)
+            done = {"weights": name, "edits_applied": 0 if name == "unedited" else self.spec.edits}
+            rows = [{**done, **row} for row in found]
+            write_lines_gz(path, rows)
+            self.task_rows[name] = rows
+        except Exception as error:  # the scores of the edits do not depend on it
+            self.task_rows[name] = self._said(f"general tasks with {name}", error)
+
+    def _task_records(self, cell: Cell | None) -> Iterator[Record]:
+        """Records of a cell's general tasks, read off the stored outcomes; None: of the unedited model."""
+        if self.suite is None:
+            return
+        unedited, rows = self.task_rows["unedited"], self.task_rows["unedited"]
+        if cell is not None:
+            rows = self.task_rows[weights_id(self.spec, cell.editor, cell.pruning_ratio)]
+        if isinstance(unedited, str) or isinstance(rows, str):
+            text = rows if isinstance(rows, str) else f"the unedited model's tasks failed: {unedited}"
+            for name in self.suite.names:
+                yield self.records.error(cell, text, f"task:{name}")
+        elif cell is None:
+            yield from self.records.tasks(None, rows)
+        else:
+            routes = None if cell.top_k is None else [route for route, _ in self.task_routes[cell.top_k]]
+            yield from self.records.tasks(cell, rows, unedited=unedited, routes=routes)
+
+    def _stored_tasks(self, name: str) -> list[Row]:
+        rows = self.task_rows.get(name, [])
+        return [] if isinstance(rows, str) else rows
 
     def _case_rows(self) -> Iterator[Row]:
         """All scored prompts under all weight sets, with their routes, from the stored parts."""
         yield from self.unedited
-        first = self.spec.top_k[0]
+        yield from self._stored_tasks("unedited")
         for editor in self.spec.editors:
             for ratio in (None, *merge_ratios(self.spec)):
-                path = self.out / "scores" / f"{weights_id(self.spec, editor, ratio)}.jsonl.gz"
-                if not path.is_file():
-                    continue
-                for i, row in enumerate(read_lines(path)):
-                    if self.routes:
-                        row["route"], row["route_score"] = self.routes[first][i]
-                        if len(self.spec.top_k) > 1:
-                            row["routes"] = {str(k): self.routes[k][i][0] for k in self.spec.top_k}
-                    yield row
+                name = weights_id(self.spec, editor, ratio)
+                path = self.out / "scores" / f"{name}.jsonl.gz"
+                if path.is_file():
+                    yield from self._with_routes(read_lines(path), self.routes)
+                    yield from self._with_routes(self._stored_tasks(name), self.task_routes)
+
+    def _with_routes(self, rows: Sequence[Row], routes: Routes) -> Iterator[Row]:
+        """The rows with where they are sent; as they are if nothing is routed."""
+        first, *others = self.spec.top_k
+        for i, row in enumerate(rows):
+            routed: Row = {}
+            if routes:
+                routed["route"], routed["route_score"] = routes[first][i]
+                if others:
+                    routed["routes"] = {str(k): routes[k][i][0] for k in self.spec.top_k}
+            yield row | routed
 
     def _tell(self, stage: Stage, what: str, share: float) -> None:
         """Progress inside a batch; all but the updates at its end is nearly all of it."""
@@ -462,6 +577,11 @@ class _Run:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         entry = self.folder.info["per_editor"].setdefault(name, {})
         entry |= values | {"peak_memory_bytes": peak}
+
+
+def _named(decisions: Mapping[int, Sequence[Decision]]) -> Routes:
+    """Decisions as rows have them."""
+    return {k: [(d.expert or "unedited", d.score) for d in made] for k, made in decisions.items()}
 
 
 def batch_queries(batches: Sequence[Sequence[EditCase]]) -> Iterator[tuple[Row, Query]]:

@@ -18,6 +18,7 @@ from harness.data import DATASETS, Dataset, Selection
 from harness.models import MODELS
 from merging import MERGERS
 from routing import ROUTERS
+from tasks import SIX, TASKS
 
 HYPERPARAMETERS = Path(__file__).parent / "hyperparameters.yaml"
 CELLS = ("baseline", "+MM", "+R", "+MM+R")
@@ -46,8 +47,11 @@ class RunSpec:
     router: str
     top_k: tuple[int, ...]
     encoder: str
-    negatives: int | None  # None: as many as edits
+    negatives: int | None  # None: as many as edits; KnowEdit: all prompts of 301 other records
     evaluate: str
+    capability: tuple[str, ...]  # general tasks; none if empty
+    generation: bool  # sample texts: fluency, consistency
+    references: str | None  # file of reference texts
     seed: int
     dtype: str
     device: str
@@ -75,6 +79,8 @@ class RunSpec:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} is {list(values)}; name at least one, and none twice")
+        if len(set(self.capability)) < len(self.capability):
+            raise ValueError(f"capability is {list(self.capability)}; name no task twice")
         for ratio in self.pruning_ratio:
             MERGERS[self.merger][0](pruning_ratio=ratio)
         for k in self.top_k:
@@ -144,7 +150,6 @@ def resolve(
         raise ValueError(
             f"unknown statistics corpus {stats!r}; known: {', '.join(CORPORA)}; or give a JSONL file"
         )
-    _known("capability", (given.get("capability", "none"),), ("none",))
     device = given.get("device") or default_device()
     _check_device(device)
     return RunSpec(
@@ -155,7 +160,7 @@ def resolve(
         select=given.get("select", "first" if dataset == "counterfact" else "random"),
         stats=stats,
         limit_stats=given.get("limit_stats"),
-        batch_size=given.get("batch_size", 200 if paper else 20),
+        batch_size=given.get("batch_size", _batch_size(dataset) if paper else 20),
         num_batches=given.get("num_batches", 10 if paper else 5),
         chain=given.get("chain", "shadow"),
         merger=given.get("merger", "self-aware"),
@@ -165,6 +170,9 @@ def resolve(
         encoder=given.get("encoder", "minilm"),
         negatives=given.get("negatives"),
         evaluate=given.get("evaluate", "final"),
+        capability=capability_tasks(given.get("capability", ("none",))),
+        generation=given.get("generation", False),
+        references=_references(given),
         seed=given.get("seed", 0),
         dtype=given.get("dtype") or ("float32" if device == "cpu" else "bfloat16"),
         device=device,
@@ -172,6 +180,32 @@ def resolve(
             model, editors, overrides, rows=hyperparameters.rows if hyperparameters else {}
         ),
     )
+
+
+def capability_tasks(names: Sequence[str]) -> tuple[str, ...]:
+    """Task names of ``--capability``, with ``six`` written out; empty for ``none``.
+
+    Raises ValueError for ``none`` beside others and for a name in our namespace that is no task of ours;
+    other names are looked up when the tasks are loaded.
+    """
+    if "none" in names:
+        if len(names) > 1:
+            raise ValueError(f"capability is {list(names)}; give none alone, or leave it out")
+        return ()
+    _known("task", [name for name in names if name.startswith("seqmmr_")], TASKS)
+    return tuple(task for name in names for task in (SIX if name == "six" else (name,)))
+
+
+def _references(given: Mapping[str, Any]) -> str | None:
+    path: str | None = given.get("references")
+    if path is not None and not given.get("generation"):
+        raise ValueError(f"references {path!r} are compared with generated texts; add --generation")
+    return path
+
+
+def _batch_size(dataset: str) -> int:
+    """Of the paper's models: 10 batches are 2,000 edits, of KnowEdit 1,000."""
+    return 100 if dataset == "knowedit-zsre" else 200
 
 
 def default_device() -> str:

@@ -117,6 +117,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     _check(args, editors, overrides)
     spec = resolve(given, overrides, _config_defaults(editors, args.layers))
     dataset = load_dataset(spec.dataset, given.get("data"))
+    if dataset.knowedit:
+        raise ValueError(
+            f"dataset {spec.dataset!r} is in KnowEdit's schema, whose metrics have no Score to choose by; "
+            "tune on facts or counterfact"
+        )
     edits = args.evaluation_edits or spec.edits
     cases = records_apart(dataset, spec, edits=edits, records=args.records)
     if spec.stats not in CORPORA:

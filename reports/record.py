@@ -27,7 +27,7 @@ class Score:
     high: float | None
     n: int  # what was scored
     protocol: str  # "probability", "teacher_forced", "generated", "log_probability", "routing"
-    difference: float | None = None  # to the editor's baseline cell on the same slice
+    difference: float | None = None  # same slice of the editor's baseline cell; tasks: unedited model
     difference_low: float | None = None  # its 95 % interval, paired over cases
     difference_high: float | None = None
 

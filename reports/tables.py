@@ -55,7 +55,29 @@ ROUTING_COLUMNS = {
     "route_paraphrase": "Paraphrase",
     "route_neighborhood": "Neighborhood",
 }
+KNOWEDIT_ROUTING_COLUMNS = {
+    f"route_{name.removesuffix('_acc')}": title for name, title in KNOWEDIT_COLUMNS.items()
+}
+KNOWEDIT_ANY_COLUMNS = {
+    f"{name}_any": title for name, title in KNOWEDIT_COLUMNS.items() if name.startswith("portability")
+}
 
+TASK_NAMES = {
+    "seqmmr_sst": "SST",
+    "seqmmr_mmlu": "MMLU",
+    "seqmmr_mrpc": "MRPC",
+    "seqmmr_cola": "CoLA",
+    "seqmmr_rte": "RTE",
+    "seqmmr_nli": "NLI",
+    "seqmmr_rte_legacy": "RTE, inverted labels",
+}
+TASK_METRICS = {
+    "f1_weighted": "weighted F1 of the likelier answer, in percent",
+    "f1_generated": "weighted F1 of the generated answer, in percent",
+    "gold_margin": "log-probability of the right answer less that of the best other, in nats",
+    "agreement": "answers equal to those of the unedited model, in percent",
+    "route_task": "records that the router sends to the edited model, in percent",
+}
 
 COST_CELLS = ("baseline", "+MM+R")
 PAPER_HEADER = "Paper (same columns)"
@@ -98,9 +120,11 @@ def build_report(run: Run, *, paper: bool = False, digits: int = 1) -> Report:
     published = published_for(run, rows) if paper else None
     tables = [
         main_table(rows, digits=digits, published=published),
+        *any_answer_tables(rows, digits=digits),
         *differences_tables(rows, digits=digits),
         *modules_tables(rows, digits=digits, published=published),
         *routing_tables(rows, digits=digits, published=published),
+        *ability_tables(rows, digits=digits),
         *cost_tables(run, published=published),
     ]
     notes = run.info.get("notes")
@@ -135,6 +159,38 @@ def main_table(rows: Sequence[Row], *, digits: int = 1, published: Published | N
         notes=tuple(notes),
         groups=_groups(rows),
     )
+
+
+def any_answer_tables(rows: Sequence[Row], *, digits: int = 1) -> list[Table]:
+    """KnowEdit's portability where any given answer is right; none where that changes no figure."""
+    columns = {name: title for name, title in KNOWEDIT_ANY_COLUMNS.items() if name in _present(rows)}
+    if not any(_aliases_matter(row, columns) for row in rows):
+        return []
+    lines = []
+    for row in rows:
+        cells = [_metric_cell(row, "overall", name, rows, digits, interval=True) for name in columns]
+        lines.append((*_labels(row), *cells))
+    return [
+        Table(
+            title="Portability with any of the given answers, in percent",
+            headers=("Editor", "Cell", *columns.values()),
+            rows=tuple(lines),
+            notes=(
+                "Of several answers to a prompt the one with the largest share counts; the table of results "
+                "has the first.",
+                *_reading_notes(lines),
+            ),
+            groups=_groups(rows),
+        )
+    ]
+
+
+def _aliases_matter(row: Row, columns: Iterable[str]) -> bool:
+    record = row.at("overall")
+    if record is None:
+        return False
+    pairs = [(record.score(name), record.score(name.removesuffix("_any"))) for name in columns]
+    return any(one is not None and other is not None and one.value != other.value for one, other in pairs)
 
 
 def differences_tables(rows: Sequence[Row], *, digits: int = 1) -> list[Table]:
@@ -205,16 +261,18 @@ def routing_tables(
     rows: Sequence[Row], *, digits: int = 1, published: Published | None = None
 ) -> list[Table]:
     """The share of prompts sent to the edited model, per encoder and top-k; cells that agree share a row."""
+    present = _present(rows)
+    columns = KNOWEDIT_ROUTING_COLUMNS if "rewrite_acc" in present else ROUTING_COLUMNS
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         record = row.at("overall")
-        scores = [record.score(name) for name in ROUTING_COLUMNS] if record is not None else []
+        scores = [record.score(name) for name in columns] if record is not None else []
         if any(score is not None for score in scores):
             key = (row.encoder, row.top_k, *(_value_cell(score, digits) for score in scores))
             groups.setdefault(key, []).append(row)
     if not groups:
         return []
-    headers = ["Encoder", "Top-k", "Cells", *ROUTING_COLUMNS.values()]
+    headers = ["Encoder", "Top-k", "Cells", *columns.values()]
     lines = []
     for (encoder, top_k, *cells), members in groups.items():
         alone = sum(other[:2] == (encoder, top_k) for other in groups) == 1
@@ -234,6 +292,39 @@ def routing_tables(
             notes=notes + (published.routing_notes if published is not None else ()),
         )
     ]
+
+
+def ability_tables(rows: Sequence[Row], *, digits: int = 1) -> list[Table]:
+    """One table per metric of the general tasks: a row per cell, a column per task."""
+    records = [record for row in rows for record in row.records if record.slice.startswith("task:")]
+    columns = {record.slice: record.slice.removeprefix("task:") for record in records}
+    tables = []
+    for metric, title in TASK_METRICS.items():
+        scores = [score for record in records if (score := record.score(metric)) is not None]
+        if not scores:
+            continue
+        lines, shown = [], []
+        for row in rows:
+            cells = [_task_cell(row, slice_, metric, digits) for slice_ in columns]
+            if any(cell.text != MISSING for cell in cells):
+                lines.append((*_labels(row), *cells))
+                shown.append(row)
+        notes = []
+        if metric == "f1_weighted":
+            notes.append(f"Brackets: 95 % interval over records, {_counted(scores)} a task.")
+        if any(score.difference is not None for score in scores):
+            unit = "nats" if metric == "gold_margin" else "points"
+            notes.append(f"Parentheses: difference in {unit} to the unedited model.")
+        tables.append(
+            Table(
+                title=f"General ability: {title}",
+                headers=("Editor", "Cell", *(TASK_NAMES.get(name, name) for name in columns.values())),
+                rows=tuple(lines),
+                notes=(" ".join(notes),) if notes else (),
+                groups=_groups(shown),
+            )
+        )
+    return tables
 
 
 def cost_tables(run: Run, *, published: Published | None = None) -> list[Table]:
@@ -286,6 +377,7 @@ def describe(run: Run) -> list[tuple[str, str]]:
         "Statistics": _list(
             spec.get("stats"), f"at most {limit:,} tokens" if isinstance(limit, int) else None
         ),
+        "General tasks": _list(*(spec.get("capability") or ())),
         "Device": _list(spec.get("device"), spec.get("dtype")),
         "Commit": _list(commit[:12] if isinstance(commit, str) else None, dirty if commit else None),
         "Status": _text(run.info.get("status")) if run.info.get("status") != "complete" else MISSING,
@@ -294,9 +386,14 @@ def describe(run: Run) -> list[tuple[str, str]]:
 
 
 def _main_columns(rows: Iterable[Row]) -> dict[str, str]:
-    present = {score.metric for row in rows for record in row.records for score in record.scores}
+    present = _present(rows)
     columns = KNOWEDIT_COLUMNS if "rewrite_acc" in present else COUNTERFACT_COLUMNS
     return {name: title for name, title in columns.items() if name in present or name not in OPTIONAL_COLUMNS}
+
+
+def _present(rows: Iterable[Row]) -> set[str]:
+    """The metrics that some record has."""
+    return {score.metric for row in rows for record in row.records for score in record.scores}
 
 
 def _labels(row: Row) -> tuple[Cell, Cell]:
@@ -327,13 +424,36 @@ def _metric_cell(
     return cell if interval else replace(cell, interval="")
 
 
-def _value_cell(score: Score | None, digits: int) -> Cell:
+def _task_cell(row: Row, slice_: str, metric: str, digits: int) -> Cell:
+    """A general task's score; its difference is to the unedited model."""
+    record = row.at(slice_)
+    if record is None:
+        return Cell(text=MISSING)
+    if record.error is not None:
+        return Cell(text="n/a" if "not applicable" in record.error.lower() else "failed")
+    score = record.score(metric)
+    places, scale = (digits + 1, 1.0) if metric == "gold_margin" else (digits, 100.0)
+    cell = _value_cell(score, places, scale)
+    if metric != "f1_weighted":  # the others' intervals are in the records
+        cell = replace(cell, interval="")
+    if score is None or score.difference is None:
+        return cell
+    return replace(cell, difference=_signed(score.difference, places, scale))
+
+
+def _counted(scores: Iterable[Score]) -> str:
+    """How many records, from the fewest to the most."""
+    sizes = sorted({score.n for score in scores})
+    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+
+
+def _value_cell(score: Score | None, digits: int, scale: float = 100) -> Cell:
     if score is None:
         return Cell(text=MISSING)
     interval = ""
     if score.low is not None and score.high is not None:
-        interval = f"{_percent(score.low, digits)}, {_percent(score.high, digits)}"
-    return Cell(text=_percent(score.value, digits), interval=interval)
+        interval = f"{_scaled(score.low, digits, scale)}, {_scaled(score.high, digits, scale)}"
+    return Cell(text=_scaled(score.value, digits, scale), interval=interval)
 
 
 def _difference(score: Score | None, row: Row, slice_: str, metric: str, rows: Sequence[Row]) -> float | None:
@@ -382,16 +502,17 @@ def _number_cell(value: object, digits: int, *, scale: float = 1) -> Cell:
     return Cell(text=f"{value * scale:.{digits}f}" if isinstance(value, int | float) else MISSING)
 
 
-def _percent(fraction: float, digits: int) -> str:
-    return f"{_rounded(fraction, digits):.{digits}f}"
+def _scaled(value: float, digits: int, scale: float = 100) -> str:
+    """The value times the scale; by default a fraction as a percentage."""
+    return f"{_rounded(value, digits, scale):.{digits}f}"
 
 
-def _signed(fraction: float, digits: int) -> str:
-    return f"{_rounded(fraction, digits):+.{digits}f}"
+def _signed(value: float, digits: int, scale: float = 100) -> str:
+    return f"{_rounded(value, digits, scale):+.{digits}f}"
 
 
-def _rounded(fraction: float, digits: int) -> float:
-    return round(100 * fraction, digits) + 0.0  # no minus sign before a zero
+def _rounded(value: float, digits: int, scale: float) -> float:
+    return round(scale * value, digits) + 0.0  # no minus sign before a zero
 
 
 def _reading_notes(lines: Iterable[Iterable[Cell]]) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ from benchmarks.reference.routing import (
 from benchmarks.reference.scoring import (
     Likelihood,
     counterfact_rates,
+    forced_prediction,
+    knowedit_rates,
     likelihood,
     score_record,
 )
@@ -116,8 +118,10 @@ __all__ = [
     "emmet_batch",
     "encode",
     "filled",
+    "forced_prediction",
     "ft_batch",
     "keys",
+    "knowedit_rates",
     "likelihood",
     "mask_literal",
     "memit_batch",

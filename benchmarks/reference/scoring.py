@@ -37,6 +37,36 @@ def likelihood(
     return Likelihood(math.fsum(nlls) / len(nlls), math.fsum(nlls), all(right))
 
 
+@torch.no_grad()
+def forced_prediction(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
+) -> tuple[list[int], list[int]]:
+    """Ids of an answer in the text "prompt answer", and the argmax before each of them."""
+    start = len(encode(tokenizer, prompt))
+    ids = encode(tokenizer, f"{prompt} {answer}")
+    with frozen(model):
+        logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+    return ids[start:], [int(logits[place - 1].argmax()) for place in range(start, len(ids))]
+
+
+def knowedit_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """KnowEdit's metrics from rows of the cases file: mean inside a record, then over those that have it."""
+    rates: dict[str, float] = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        shares: dict[str, dict[Any, list[float]]] = {}
+        for row in rows:
+            if row["kind"] == kind:
+                name = {"rewrite": "rewrite_acc", "rephrase": "rephrase_acc"}.get(kind, kind)
+                right = row["tokens_agreeing" if kind == "relation_specificity" else "tokens_right"]
+                shares.setdefault(name, {}).setdefault(row["case_id"], []).append(right / row["tokens"])
+                if "tokens_any" in row:
+                    share = row["tokens_right_any"] / row["tokens_any"]
+                    shares.setdefault(f"{name}_any", {}).setdefault(row["case_id"], []).append(share)
+        for name, records in shares.items():
+            rates[name] = math.fsum(math.fsum(some) / len(some) for some in records.values()) / len(records)
+    return rates
+
+
 def score_record(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]
 ) -> list[dict[str, Any]]:

@@ -13,11 +13,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import harness.run
-from benchmarks.reference import counterfact_rates
-from benchmarks.tiny import tiny_model, tiny_records, tiny_texts, tiny_tokenizer
+from benchmarks.reference import counterfact_rates, forced_prediction, knowedit_rates
+from benchmarks.tiny import (
+    tiny_knowedit_records,
+    tiny_model,
+    tiny_records,
+    tiny_texts,
+    tiny_tokenizer,
+)
 from editors import EDITORS
 from harness import ablation
 from harness.deltas import delta_path, read_delta
+from harness.generation import fluency
 from harness.models import load_model, tensors_digest
 from harness.paths import read_lines
 from harness.scoring import Query, score
@@ -80,6 +87,7 @@ def files(tmp_path: Path, tiny_folder: Path, write_jsonl: Write) -> dict[str, st
     write_jsonl([{"text": text} for text in tiny_texts(20)], "texts.jsonl")
     write_jsonl([{"text": "fine"}, {"title": "no text"}], "no-text.jsonl")
     write_jsonl([{**tiny_records(1)[0], "paraphrase_prompts": []}], "no-paraphrases.jsonl")
+    write_jsonl([{**tiny_knowedit_records(1)[0], "portability": "text"}], "odd-knowedit.jsonl")
     (tmp_path / "broken.jsonl").write_text('{"case_id": 1,\n')
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "folder").mkdir()
@@ -126,6 +134,7 @@ WRONG: list[tuple[str, list[str], list[str]]] = [  # flag, values ({name}: a fil
     ("dataset", ["{empty.jsonl}"], ["empty.jsonl' has no records"]),
     ("dataset", ["{folder}"], ["cannot be read"]),
     ("dataset", ["{no-paraphrases.jsonl}"], ["case 0", "paraphrase_prompts"]),
+    ("dataset", ["{odd-knowedit.jsonl}"], ["case 0", "'portability'"]),
     ("stats", ["wiki"], ["'wiki'", "wikipedia"]),
     ("stats", ["{missing}"], ["missing"]),
     ("stats", ["{no-text.jsonl}"], ["no-text.jsonl', record 2", "'text'"]),
@@ -149,6 +158,10 @@ WRONG: list[tuple[str, list[str], list[str]]] = [  # flag, values ({name}: a fil
     ("negatives", ["0"], ["negatives is 0"]),
     ("select", ["last"], ["unknown selection 'last'", "random"]),
     ("evaluate", ["sometimes"], ["'sometimes'", "final"]),
+    ("capability", ["seqmmr_sts"], ["unknown task 'seqmmr_sts'", "seqmmr_sst"]),
+    ("capability", ["none", "six"], ["none alone"]),
+    ("capability", ["six", "seqmmr_nli"], ["twice"]),
+    ("capability", ["{missing}.yaml"], ["task file", "does not exist"]),
     ("seed", ["-1"], ["seed is -1"]),
     ("seed", ["x"], ["--seed", "'x'"]),
     ("dtype", ["float8"], ["unknown dtype 'float8'", "bfloat16"]),
@@ -199,7 +212,12 @@ def test_what_is_wrong_is_one_line_before_a_model_is_loaded(
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
-    "extra", [["--resume", "--fresh"], ["--data", "/no/such/folder", "--dataset", "counterfact"]]
+    "extra",
+    [
+        ["--resume", "--fresh"],
+        ["--data", "/no/such/folder", "--dataset", "counterfact"],
+        ["--data", "/no/such/folder", "--capability", "six"],
+    ],
 )
 def test_other_wrong_combinations(
     files: dict[str, str], capsys: pytest.CaptureFixture[str], extra: list[str]
@@ -502,7 +520,14 @@ def test_cases_have_the_fields_of_the_contract(done: Path) -> None:
     assert routes == {"edited", "unedited"}, "the encoder of this test sends everything one way"
 
 
-def recomputed(out: Path, record: Row) -> dict[str, float]:
+def rates_by_record(records: list[list[Row]]) -> dict[str, float]:
+    """KnowEdit's, from rows grouped as ``counterfact_rates`` takes them."""
+    return knowedit_rates([row for rows in records for row in rows])
+
+
+def recomputed(
+    out: Path, record: Row, rates_of: Callable[[list[list[Row]]], dict[str, float]] = counterfact_rates
+) -> dict[str, float]:
     """A record's rates and routing shares from cases.jsonl.gz alone."""
     found = rows_by_weights(out)
     unedited = {(row["case_id"], row["kind"], row["index"]): row for row in found["unedited"]}
@@ -520,7 +545,7 @@ def recomputed(out: Path, record: Row) -> dict[str, float]:
             shares.setdefault(f"route_{row['kind']}", {}).setdefault(row["case_id"], []).append(edited)
             shown = row if edited else unedited[row["case_id"], row["kind"], row["index"]]
         records.setdefault(row["case_id"], []).append(shown)
-    rates = counterfact_rates(list(records.values()))
+    rates = rates_of(list(records.values()))
     return rates | {
         name: sum(sum(s) / len(s) for s in by_case.values()) / len(by_case)
         for name, by_case in shares.items()
@@ -959,3 +984,210 @@ def test_prune_is_released_restrained_and_edits_unrestrained(grid: Grid, tmp_pat
     correct, legacy = (rows_by_weights(runs[name]) for name in ("correct", "legacy"))
     assert (strip(correct["prune"]) == strip(correct["memit"])) == (not any(restrained.values()))
     assert strip(legacy["prune"]) != strip(legacy["memit"])
+
+
+# -- KnowEdit -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def knowedit(grid: Grid) -> Path:
+    """A finished run on records in KnowEdit's schema; not to be changed."""
+    records = tiny_knowedit_records(20)
+    for record in records:
+        record["portability"]["Subject_Aliasing"] = said_unedited(record["subject"])
+    records[3]["subject"] = "nobody"
+    grid.write("knowedit.jsonl", records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEQMMR_CACHE", str(grid.folder / "cache"))
+        assert grid.run(grid.folder / "knowedit", *knowedit_flags(grid)) == 0
+    return grid.folder / "knowedit"
+
+
+def knowedit_flags(grid: Grid) -> list[str]:
+    return ["--dataset", str(grid.folder / "knowedit.jsonl"), *MANY]
+
+
+def said_unedited(subject: str) -> list[Row]:
+    """Prompts after which the tiny model says a word of one token, with that word as their answer."""
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer(bos=True)
+    found = []
+    for verb in ("knows", "speaks", "is", "sings", "reads", "eats", "saw", "left"):
+        (token, *_) = forced_prediction(model, tokenizer, f"{subject} {verb}", "Rome")[1]
+        word = tokenizer.decode([token])
+        if word.strip() and tokenizer(f" {word.strip()}", add_special_tokens=False)["input_ids"] == [token]:
+            found.append({"prompt": f"{subject} {verb}", "ground_truth": word.strip()})
+    return found
+
+
+def answers_of(grid: Grid) -> dict[tuple[int, str, str], list[str]]:
+    """(case id, kind, prompt) -> the answers given, the forced one first; read off the file literally."""
+    found: dict[tuple[int, str, str], list[str]] = {}
+    for record in read_lines(grid.folder / "knowedit.jsonl"):
+        entries = [("rewrite", {"prompt": record["prompt"], "ground_truth": record["target_new"]})]
+        entries += [("rephrase", {"prompt": record["rephrase_prompt"], "ground_truth": record["target_new"]})]
+        entries += [("relation_specificity", e) for e in record["locality"]["Relation_Specificity"]]
+        entries += [
+            (f"portability_{g.lower()}", e) for g, some in record["portability"].items() for e in some
+        ]
+        for kind, entry in entries:
+            given = entry["ground_truth"]
+            if isinstance(given, list):
+                given = [a for part in given for a in (part if isinstance(part, list) else [part])]
+            found[record["case_id"], kind, entry["prompt"]] = [given] if isinstance(given, str) else given
+    return found
+
+
+def test_knowedit_cases_have_the_fields_of_the_contract(knowedit: Path) -> None:
+    found = rows_by_weights(knowedit)
+    assert set(found) == {
+        "unedited", *(f"{e}{mark}" for e in ("memit", "alphaedit") for mark in ("", "+MM", "+MM@0.5")),
+    }  # fmt: skip
+    keys = [(row["case_id"], row["kind"], row["index"], row["prompt"]) for row in found["unedited"]]
+    assert len(set(keys)) == len(keys)
+    kinds = {"rewrite", "rephrase", "relation_specificity", "portability_reasoning"}
+    assert {row["kind"] for row in found["unedited"]} >= kinds
+    for weights, rows in found.items():
+        assert [(row["case_id"], row["kind"], row["index"], row["prompt"]) for row in rows] == keys
+        for row in rows:
+            assert row.keys() >= {"weights", "edits_applied", "batch", "tokens", "tokens_right"}
+            assert not row.keys() & {"nll_new", "nll_true", "argmax_new"}
+            assert ("tokens_agreeing" in row) == (row["kind"] == "relation_specificity")
+            assert ("route" in row) == (weights != "unedited")
+    assert {row["route"] for row in found["memit"]} == {"edited", "unedited"}
+
+
+def test_every_knowedit_figure_follows_from_the_cases_alone(knowedit: Path) -> None:
+    records = records_of(knowedit)
+    assert len(records) == (1 + 2 * 9) * (1 + BATCHES)
+    for record in records:
+        wanted = recomputed(knowedit, record, rates_by_record)
+        values = {found["metric"]: found["value"] for found in record["scores"]}
+        assert values == pytest.approx(wanted, abs=1e-12), (record["cell"], record["slice"])
+        assert {"rewrite_acc", "rephrase_acc", "relation_specificity"} <= values.keys()
+        for found in record["scores"]:
+            assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+            assert found["protocol"] == (
+                "routing" if found["metric"].startswith("route_") else "teacher_forced"
+            )
+
+
+def test_the_unedited_model_agrees_with_itself(knowedit: Path) -> None:
+    for record in records_of(knowedit):
+        if record["editor"] == "none":
+            (found,) = [s for s in record["scores"] if s["metric"] == "relation_specificity"]
+            assert (found["low"], found["value"], found["high"]) == (1, 1, 1)
+
+
+def test_knowedit_rows_equal_the_literal_argmax(grid: Grid, knowedit: Path) -> None:
+    answers, tokenizer = answers_of(grid), tiny_tokenizer(bos=True)
+    rows = rows_by_weights(knowedit)
+    models = {name: AutoModelForCausalLM.from_pretrained(grid.model) for name in ("unedited", "memit")}
+    with torch.no_grad():
+        for batch in range(1, BATCHES + 1):
+            for name, change in read_delta(delta_path(knowedit, "memit", batch), torch.device("cpu"))[
+                0
+            ].items():
+                models["memit"].get_parameter(name).add_(change)
+    differing = right = 0
+    for name, model in models.items():
+        for row in rows[name]:
+            given = answers[row["case_id"], row["kind"], row["prompt"]]
+            outcomes = [forced_prediction(model, tokenizer, row["prompt"], answer) for answer in given]
+            shares = [sum(a == b for a, b in zip(*outcome, strict=True)) for outcome in outcomes]
+            assert (row["tokens"], row["tokens_right"]) == (len(outcomes[0][0]), shares[0])
+            right += shares[0] > 0
+            if row["kind"].startswith("portability"):
+                best = max(share / len(ids) for share, (ids, _) in zip(shares, outcomes, strict=True))
+                assert row["tokens_right_any"] / row["tokens_any"] == best
+            if row["kind"] == "relation_specificity":
+                assert row["predicted"] == outcomes[0][1]
+                plain = forced_prediction(models["unedited"], tokenizer, row["prompt"], given[0])[1]
+                agreeing = sum(a == b for a, b in zip(plain, outcomes[0][1], strict=True))
+                assert row["tokens_agreeing"] == agreeing
+                differing += agreeing < row["tokens"]
+    assert differing, "the edits of this test change no prediction, so that agreement tests nothing"
+    assert right, "no token of any answer is predicted, so that shares are all nothing"
+
+
+@pytest.mark.parametrize("gone", [LATER, ("scores/*", "cases.jsonl.gz")], ids=["edited", "all"])
+def test_missing_knowedit_scores_are_made_again_with_the_same_bytes(
+    grid: Grid, knowedit: Path, tmp_path: Path, gone: tuple[str, ...]
+) -> None:
+    """Agreement is then with the unedited model's stored argmax."""
+    again = Path(shutil.copytree(knowedit, tmp_path / "run"))
+    remove(again, *gone)
+    assert grid.run(again, *knowedit_flags(grid)) == 0
+    assert_same(again, knowedit)
+
+
+def test_the_knowedit_report_has_its_columns_and_notes(knowedit: Path) -> None:
+    info = json.loads((knowedit / "run.json").read_text())
+    assert sum(info["provenance"]["dataset"]["dropped"].values()) == 1
+    assert len(info["provenance"]["negative_ids"]) == 19 - BATCHES * SIZE
+    assert not set(info["provenance"]["negative_ids"]) & set(info["provenance"]["case_ids"])
+    assert "left out because the subject is not in the prompt: 1" in " ".join(info["notes"])
+    assert "the 26 unrelated prompts of 13 records instead of 301" in " ".join(info["notes"])
+    for suffix in ("md", "tex", "html"):
+        text = (knowedit / f"report.{suffix}").read_text()
+        for title in ("Rewrite", "Rephrase", "Subject aliasing", "Relation specificity"):
+            assert title in text
+        assert "Generalization" not in text
+
+
+# -- generated texts ----------------------------------------------------------------------------------------
+
+
+def test_generated_texts_are_scored_routed_and_kept(grid: Grid, tmp_path: Path) -> None:
+    records = tiny_records(12)
+    for i, record in enumerate(records):
+        record["generation_prompts"] = ["The river runs", "The river runs", record["paraphrase_prompts"][0]]
+        record["requested_rewrite"]["relation_id"] = "P1"
+        record["requested_rewrite"]["target_new"]["id"] = f"Q{i % 2}"
+    data, references = tmp_path / "data.jsonl", tmp_path / "references.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    entry = {"relation_id": "P1", "target_id": "Q0", "samples": [{"text": "the river and the town"}]}
+    references.write_text(json.dumps(entry) + "\n")
+    out = tmp_path / "run"
+    more = ["--dataset", str(data), "--generation", "--references", str(references)]
+    assert grid.run(out, *more, editors=["memit"]) == 0
+    rows = {
+        name: [r for r in rows if r["kind"] == "generation"] for name, rows in rows_by_weights(out).items()
+    }
+    assert set(rows) == {"unedited", "memit", "memit+MM"}
+    assert all(len(texts) == 3 * BATCHES * SIZE for texts in rows.values())
+    assert {r["route"] for r in rows["memit"]} == {"edited", "unedited"}
+
+    def mean_fluency(texts: list[str]) -> float:
+        return sum(map(fluency, texts)) / len(texts)
+
+    for record in records_of(out):
+        if record["slice"] != "overall":
+            continue
+        own = rows[
+            "unedited" if record["editor"] == "none" else "memit+MM" if "MM" in record["cell"] else "memit"
+        ]
+        shown = [
+            plain["text"] if "R" in record["cell"] and row["route"] == "unedited" else row["text"]
+            for row, plain in zip(own, rows["unedited"], strict=True)
+        ]
+        scores = {score["metric"]: score for score in record["scores"]}
+        assert scores["fluency"]["value"] == pytest.approx(mean_fluency(shown))
+        assert 0 <= scores["consistency"]["value"] <= 1
+        assert scores["consistency"]["n"] < scores["fluency"]["n"]  # one of the two targets has references
+    report = (out / "report.md").read_text()
+    assert "Fluency" in report and "Consistency" in report
+
+
+def test_generation_is_refused_where_there_is_nothing_to_generate(
+    files: dict[str, str],
+    no_model: None,
+    tmp_path: Path,
+    write_jsonl: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    records = [record | {"generation_prompts": []} for record in tiny_records(12)]
+    plain = str(write_jsonl(records, "plain.jsonl"))
+    assert call(*usual(files, dataset=[plain]), "--generation") == 2
+    assert "generation_prompts" in capsys.readouterr().err
+    assert call(*usual(files), "--references", files["texts.jsonl"]) == 2
+    assert "--generation" in capsys.readouterr().err

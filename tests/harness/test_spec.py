@@ -256,7 +256,8 @@ CHANGES: dict[str, Any] = {
     "select": "first", "stats": "wikipedia", "limit_stats": 5, "batch_size": 3, "num_batches": 3,
     "chain": "merged", "pruning_ratio": (0.5,), "top_k": (3,), "encoder": "other", "negatives": 4, "seed": 1,
     "dtype": "bfloat16", "device": "cuda", "evaluate": "x", "merger": "x", "router": "x",
-    "settings": {"memit": {"layers": (1,)}},
+    "settings": {"memit": {"layers": (1,)}}, "capability": ("seqmmr_sst",),
+    "generation": True, "references": "x",
 }  # fmt: skip
 
 

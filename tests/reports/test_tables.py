@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from reports.rows import rows_of
 from reports.tables import (
     Cell,
+    any_answer_tables,
     build_report,
     cost_tables,
     describe,
@@ -121,6 +122,40 @@ def test_knowedit_has_its_own_columns(record, score, make_run):
     table = main_table(rows_of(make_run([record(scores=(score("rewrite_acc", 0.7),))])))
     assert table.headers[2:4] == ("Rewrite", "Rephrase")
     assert [cell.text for cell in table.rows[0][2:4]] == ["70.0", "–"]
+
+
+def test_knowedit_routing_has_a_column_for_each_kind_of_prompt(record, score, make_run):
+    values = {
+        "rewrite_acc": 0.7,
+        "route_rewrite": 1.0,
+        "route_rephrase": 0.5,
+        "route_relation_specificity": 0,
+    }
+    scores = tuple(score(name, value) for name, value in values.items())
+    (table,) = routing_tables(rows_of(make_run([record("memit", "+R", scores=scores)])))
+    assert table.headers[3:] == (
+        "Rewrite",
+        "Rephrase",
+        "Reasoning",
+        "Subject aliasing",
+        "Logical generalization",
+        "Relation specificity",
+    )
+    assert [cell.text for cell in table.rows[0][3:]] == ["100.0", "50.0", "–", "–", "–", "0.0"]
+
+
+def test_any_of_the_answers_has_a_table_only_where_it_matters(record, score, make_run):
+    def tables(alias):
+        scores = [score("rewrite_acc", 0.7), score("portability_reasoning", 0.4)]
+        scores.append(score("portability_reasoning_any", alias))
+        failed = record("memit", "+MM", error="broken")
+        run = make_run([record(scores=tuple(scores)), failed], name=f"alias {alias}")
+        return any_answer_tables(rows_of(run))
+
+    assert tables(0.4) == []
+    (table,) = tables(0.6)
+    assert table.headers == ("Editor", "Cell", "Reasoning")
+    assert [row[2].text for row in table.rows] == ["60.0", "failed"]
 
 
 def test_differences_have_paired_intervals(ablation, make_run):
