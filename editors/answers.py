@@ -6,11 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.api import EditRequest
-from editors.capture import logits_of, pad_right, record_calls
+from editors.capture import log_probabilities, logits_of, packed, pad_right, record_calls
 from editors.sites import device_of, sites_for
 from editors.tokens import encode, target_ids
 
@@ -84,18 +83,11 @@ class AnswerPass:
         """Sum over answers of share times -log p(token), for ``hidden`` entering block ``first``."""
         states = self.calls.run(hidden, self.first, len(self.calls.blocks) - 1)
         logits = logits_of(self.model, self.sites, self.at_places(states))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        likely = functional.log_softmax(logits, dim=-1)  # (places, V)
+        likely = log_probabilities(logits)  # (places, V)
         token = likely.flatten().index_select(0, self.place * likely.shape[1] + self.token)
         return -(self.share.to(token.dtype) * token).sum()
 
 
 def passes_of(rows: Sequence[AnswerRow]) -> Iterator[list[int]]:
-    """Which rows run together: those of similar length, at most PASS_TOKENS, at least one."""
-    part: list[int] = []
-    for row in sorted(range(len(rows)), key=lambda row: len(rows[row].ids)):
-        if part and (len(part) + 1) * len(rows[row].ids) > PASS_TOKENS:
-            yield part
-            part = []
-        part.append(row)
-    yield part
+    """Which rows run together, by their index."""
+    return packed([len(row.ids) for row in rows], PASS_TOKENS)

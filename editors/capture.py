@@ -4,13 +4,14 @@ The model's own forward says how its blocks are called (mask, positions, rotary 
 those arguments once, and the blocks are then run directly, as often as their input changes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from editors.sites import Sites
@@ -170,6 +171,29 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log p (..., V) in float32 or better."""
+    return functional.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), dim=-1)
+
+
+@contextmanager
+def undone_on_failure(model: PreTrainedModel, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Give copies of some parameters, and put these back if what the context holds does not end well."""
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    try:
+        yield before
+    except BaseException:
+        put(model, before)
+        raise
+
+
+@torch.no_grad()
+def put(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Write values into a model's parameters by name."""
+    for name, value in weights.items():
+        model.get_parameter(name).copy_(value)
+
+
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
     """No dropout and no gradient of any weight while the context lasts."""
@@ -184,6 +208,18 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
         for parameter in trained:
             parameter.requires_grad_(True)
         model.train(training)
+
+
+def packed(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Which rows run together: those of similar length, at most so many tokens with padding, at least one."""
+    part: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if part and (len(part) + 1) * lengths[row] > tokens:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from editors.api import (
     WeightDeltas,
     dense,
 )
+from editors.capture import put, undone_on_failure
 from editors.contexts import BARE, Contexts, sample_contexts
 from editors.rows import SubjectRows
 from editors.sites import Place, Sites, sites_for
@@ -111,17 +112,13 @@ class ClosedFormStream(ABC):
         """
         self._settle()
         layers = self.config.layers
-        before = {name: self.model.get_parameter(name).detach().clone() for name in map(self._name, layers)}
-        try:
+        with undone_on_failure(self.model, map(self._name, layers)) as before:
             deltas = self._walk(requests)
             final = {name: self.committed(name, before[name], delta) for name, delta in deltas.items()}
             if not self.in_place:
-                self._put(before)
+                put(self.model, before)
                 for name, delta in final.items():
                     self._add(self.model.get_parameter(name), delta)
-        except BaseException:
-            self._put(before)
-            raise
         self._unsettled = list(requests) if self.remembers else []
         return final
 
@@ -187,11 +184,6 @@ class ClosedFormStream(ABC):
 
     def _name(self, layer: int) -> str:
         return self.sites.weight_name(layer)
-
-    @torch.no_grad()
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
-        for name, value in weights.items():
-            self.model.get_parameter(name).copy_(value)
 
     @torch.no_grad()
     def _add(self, weight: Tensor, delta: Tensor | LowRank) -> None:

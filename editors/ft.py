@@ -24,7 +24,7 @@ from editors.api import (
     ReleasedAsEdited,
     WeightDeltas,
 )
-from editors.capture import frozen
+from editors.capture import frozen, undone_on_failure
 from editors.sites import Sites, sites_for
 
 
@@ -88,16 +88,10 @@ class FtStream:
         """
         rows = answer_rows(self.tokenizer, requests, self.config.objective)
         parameters = {name: self.model.get_parameter(name) for name in trained_names(self.config, self.sites)}
-        start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        try:
+        with undone_on_failure(self.model, parameters) as start:
             with frozen(self.model), _trained(parameters.values()):
                 self._train(rows, parameters, start)
             return {name: _settled(name, parameters[name], start[name]) for name in parameters}
-        except BaseException:
-            with torch.no_grad():
-                for name, old in start.items():
-                    parameters[name].copy_(old)
-            raise
 
     def _train(
         self, rows: Sequence[AnswerRow], parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]

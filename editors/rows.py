@@ -4,7 +4,7 @@ The rows end at the subject's last token, since nothing behind it matters. They 
 lowest edited block; from there on each block is computed when it is needed, with the weights it then has.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.api import EditRequest
-from editors.capture import BlockCalls, inputs_of, outputs_of, pad_right, record_calls
+from editors.capture import BlockCalls, inputs_of, outputs_of, packed, pad_right, record_calls
 from editors.contexts import Contexts
 from editors.linalg import weighted_mean
 from editors.sites import Place, device_of, sites_for
@@ -28,16 +28,6 @@ class _Part:
     calls: BlockCalls
     hidden: Tensor  # what enters the block reached so far
     at: Tensor  # arange(rows), to index with
-
-
-def _parts(lengths: Sequence[int]) -> Iterator[list[int]]:
-    part: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if part and (len(part) + 1) * lengths[row] > PART_TOKENS:
-            yield part
-            part = []
-        part.append(row)
-    yield part
 
 
 class SubjectRows:
@@ -62,7 +52,7 @@ class SubjectRows:
         self.parts: list[_Part] = []
         device = device_of(model)
         with torch.no_grad():
-            for indices in _parts([len(row) for row in rows]):
+            for indices in packed([len(row) for row in rows], PART_TOKENS):
                 ids, mask = pad_right([rows[i] for i in indices], device)
                 calls = record_calls(
                     model, self.sites, first=first, input_ids=ids, attention_mask=mask, use_cache=False

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.api import EditorConfig, EditRequest
@@ -25,6 +24,7 @@ from editors.capture import (
     added_to_first,
     frozen,
     inputs_of,
+    log_probabilities,
     logits_of,
     outputs_of,
     record_calls,
@@ -247,8 +247,7 @@ class _Pass:
         return token.new_zeros(n).index_add(0, self.edits, shares * mean.exp())
 
     def _log_softmax(self, hidden: Tensor) -> Tensor:
-        logits = logits_of(self.model, self.sites, hidden)
-        return functional.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+        return log_probabilities(logits_of(self.model, self.sites, hidden))
 
 
 def _passes(rows: Sequence[_Row]) -> Iterator[list[_Row]]:

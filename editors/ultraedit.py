@@ -36,7 +36,7 @@ from editors.api import (
     check_layers,
     dense,
 )
-from editors.capture import frozen, inputs_of, outputs_of
+from editors.capture import frozen, inputs_of, outputs_of, undone_on_failure
 from editors.sites import Sites, device_of, sites_for
 
 DEVIATION_FLOOR = torch.finfo(torch.float32).eps  # added to a standard deviation, as the published code does
@@ -169,26 +169,19 @@ class UltraEditStream:
         """
         features = self._features(answer_rows(self.tokenizer, requests, "target_new"))
         moments = self._joined(features)
-        before: dict[str, Tensor] = {}
         deltas: dict[str, Tensor | LowRank] = {}
         norms: dict[str, float] = {}
-        try:
+        with undone_on_failure(self.model, (f"{module}.weight" for module in self.modules)):
             for i, module in enumerate(self.modules):
                 name, own = f"{module}.weight", features[module]
                 values = pseudo_values(own, moments[self._key(module, own)], self.config.learning_rate)
                 weight = self.model.get_parameter(name)
                 delta = self._stored(ridge_shift(own.inputs, values, self.config.ridge), weight)
-                before[name] = weight.detach().clone()
                 norms[name] = _add(weight, delta)
                 if not torch.isfinite(weight).all():
                     raise FloatingPointError(f"the update of {name} is not finite; the batch is undone")
                 deltas[name] = delta
                 self._tell("updates", i + 1, len(self.modules))
-        except BaseException:
-            with torch.no_grad():
-                for name, old in before.items():
-                    self.model.get_parameter(name).copy_(old)
-            raise
         self._moments = moments
         self._notes = {"answer_tokens": len(features[self.modules[0]].inputs), "shift_norms": norms}
         return deltas

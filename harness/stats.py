@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.capture import inputs_of, pad_right
+from editors.capture import inputs_of, packed, pad_right
 from editors.sites import Sites, device_of, sites_for
 from harness.models import LoadedModel
 from harness.paths import cache_folder, read_lines, write_lines_gz, write_tensors
@@ -267,8 +267,8 @@ def gather_covariances(
     device = device_of(model)
     sums: dict[int, Tensor] = {}
     done = 0
-    for part in _passes(rows):
-        ids, mask = pad_right(part, device)
+    for part in packed([len(row) for row in rows], PASS_TOKENS):
+        ids, mask = pad_right([rows[i] for i in part], device)
         for layer, keys in _keys_until(model, sites, layers, ids, mask).items():
             square = (keys.T @ keys).double()
             if layer in sums:
@@ -296,17 +296,6 @@ def _token_rows(
         if row:
             rows.append(row)
     return rows
-
-
-def _passes(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    part: list[list[int]] = []
-    for row in sorted(rows, key=len):
-        if part and (len(part) + 1) * len(row) > PASS_TOKENS:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part
 
 
 def _keys_until(
