@@ -5,15 +5,29 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from harness.arguments import FLAGS, Flag, OneLineParser, add_flags
 
+if TYPE_CHECKING:
+    from harness.spec import HyperparameterFile, RunSpec
+
 RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run as asked for: of the command line, or of several in a config file."""
+
+    spec: "RunSpec"
+    folder: Path
+    data: str | None
+    hyperparameters: "HyperparameterFile | None"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,35 +41,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     from harness.progress import Display
     from harness.run import run_grid
-    from harness.spec import read_hyperparameters, resolve
     from reports.load import load_run
     from reports.render import to_markdown
     from reports.tables import build_report
 
-    display = Display()
-    folder = Path(args.out) if args.out else None
+    display, status = Display(), 0
     try:
-        if args.resume and not args.out and not args.config:
-            raise ValueError("--resume needs the run folder; name it with --out")
-        given = _given(args)
-        overrides = [*(given.pop("set", None) or []), *(args.set or [])]
-        data, out = given.pop("data", None), given.pop("out", None)
-        path = given.pop("hyperparameters", None)
+        jobs = _jobs(args)
+    except ValueError as error:
+        return _refused(error)
+    for job in jobs:
+        try:
+            failed = run_grid(
+                job.spec, out=job.folder, data=job.data, hyperparameters=job.hyperparameters,
+                fresh=args.fresh, display=display,
+            )  # fmt: skip
+        except ValueError as error:  # the other runs do not depend on it
+            status = _refused(error)
+            continue
+        except KeyboardInterrupt:
+            base = job.folder if len(jobs) == 1 else job.folder.parent
+            print(f"harness.ablation: stopped; the same command with --out {base} goes on", file=sys.stderr)
+            return 130
+        print(to_markdown([build_report(load_run(job.folder))]))
+        print(f"Run folder: {job.folder}")
+        status = max(status, 1 if failed else 0)
+    if len(jobs) > 1:
+        print(f"All runs: python -m harness.report {' '.join(str(job.folder) for job in jobs)}")
+    return status
+
+
+def _refused(error: ValueError) -> int:
+    print(f"harness.ablation: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    """The runs that the config file and the command line ask for, all of them checked."""
+    from harness.spec import read_hyperparameters, resolve
+
+    if args.resume and not args.out and not args.config:
+        raise ValueError("--resume needs the run folder; name it with --out")
+    config = _read_config(args.config) if args.config else {}
+    runs = config.pop("runs", None) or {"": {}}
+    base = args.out or config.get("out")
+    jobs = []
+    for name, own in runs.items():
+        given = {**config, **own, **_given(args)}
+        overrides = [*config.get("set", []), *own.get("set", []), *(args.set or [])]
+        given.pop("set", None), given.pop("out", None)
+        data, path = given.pop("data", None), given.pop("hyperparameters", None)
         file = read_hyperparameters(path) if path else None
         spec = resolve(given, overrides, file)
-        folder = Path(out) if out else _folder(spec.model, spec.dataset)
-        failed = run_grid(
-            spec, out=folder, data=data, hyperparameters=file, fresh=args.fresh, display=display
-        )
-    except ValueError as error:
-        print(f"harness.ablation: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"harness.ablation: stopped; the same command with --out {folder} goes on", file=sys.stderr)
-        return 130
-    print(to_markdown([build_report(load_run(folder))]))
-    print(f"Run folder: {folder}")
-    return 1 if failed else 0
+        if base is None:
+            base = _folder(Path(args.config).stem if name else f"{_stem(spec.model)}-{_stem(spec.dataset)}")
+        jobs.append(Job(spec=spec, folder=Path(base) / name, data=data, hyperparameters=file))
+    return jobs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,35 +111,53 @@ def _parser() -> argparse.ArgumentParser:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an existing run folder (the default)")
     again.add_argument("--fresh", action="store_true", help="begin anew in an existing run folder")
-    parser.add_argument("--config", metavar="FILE", help="YAML with the same names; flags given here win")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML with the same names, of one run or several; flags given here win",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what the libraries log")
     return parser
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """Values of the config file, then those of the command line."""
-    given: dict[str, Any] = {}
-    if args.config:
-        given = _read_config(args.config)
-    names = [*FLAGS, "out"]
-    given |= {
-        name: getattr(args, name) for name in names if getattr(args, name) is not None and name != "set"
-    }
-    return given
+    """The values of the command line."""
+    return {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
 
 
 def _read_config(path: str) -> dict[str, Any]:
+    """A config file's values by flag name; under ``runs``, if it has several: name -> its own values."""
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config {path!r} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"config {path!r} is no mapping of flag names to values")
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    unknown = sorted(values.keys() - FLAGS.keys() - {"out"})
+    config = _checked_names({name: value for name, value in values.items() if name != "runs"}, path)
+    if "runs" in values:
+        runs = values["runs"]
+        named = isinstance(runs, Mapping) and all(isinstance(own, Mapping) for own in runs.values())
+        if not runs or not named:
+            raise ValueError(
+                f"config {path!r}: runs is {runs!r}; it takes a mapping of names to mappings of flags"
+            )
+        for name in runs:
+            if not isinstance(name, str) or not name or Path(name).name != name:
+                raise ValueError(f"config {path!r}: a run is named {name!r}; it takes the name of a folder")
+        config["runs"] = {name: _checked_names(own, path) for name, own in runs.items()}
+        if any("out" in own for own in config["runs"].values()):
+            raise ValueError(f"config {path!r}: out belongs beside runs; each has a folder of its name in it")
+    return config
+
+
+def _checked_names(values: Mapping[Any, Any], path: str) -> dict[str, Any]:
+    named = {str(name).replace("-", "_"): value for name, value in values.items()}
+    unknown = sorted(named.keys() - FLAGS.keys() - {"out"})
     if unknown:
-        raise ValueError(f"config {path!r}: unknown name {unknown[0]!r}; known: {', '.join([*FLAGS, 'out'])}")
-    return {name: _checked(name, value, path) for name, value in values.items()}
+        known = ", ".join([*FLAGS, "out", "runs"])
+        raise ValueError(f"config {path!r}: unknown name {unknown[0]!r}; known: {known}")
+    checked = {name: _checked(name, value, path) for name, value in named.items()}
+    return {name: value for name, value in checked.items() if value is not None}
 
 
 def _checked(name: str, value: Any, path: str) -> Any:
@@ -124,9 +183,13 @@ def _checked(name: str, value: Any, path: str) -> Any:
     return typed if flag.many else typed[0]
 
 
-def _folder(model: str, dataset: str) -> Path:
+def _stem(name: str) -> str:
+    return Path(name).name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def _folder(name: str) -> Path:
+    """A new folder under runs/."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    name = "-".join(Path(part).name.removesuffix(".gz").removesuffix(".jsonl") for part in (model, dataset))
     folder, number = RUNS / f"{stamp}-{name}", 2
     while folder.exists():
         folder, number = RUNS / f"{stamp}-{name}-{number}", number + 1

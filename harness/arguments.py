@@ -44,13 +44,16 @@ FLAGS: dict[str, Flag] = {
         kind=int,
         metavar="N",
     ),
-    "evaluate": Flag("when to score: final (after the last batch)"),
+    "evaluate": Flag("when to score: final (after the last batch) or every-batch; default: final"),
     "capability": Flag(
         "general tasks: six (sst mmlu mrpc cola rte nli), or names of lm-eval tasks; default: none",
         many=True,
         metavar="TASK",
     ),
     "generation": Flag("sample a text for every generation prompt: fluency, consistency", kind=bool),
+    "generation_prompts": Flag(
+        "sample for at most so many prompts a record; default: all", kind=int, metavar="N"
+    ),
     "references": Flag("reference texts of consistency: attribute_snippets.json, or JSONL", metavar="FILE"),
     "seed": Flag("of selection, sampling and intervals; default: 0", kind=int, metavar="N"),
     "dtype": Flag("float32, bfloat16 ...; default: float32 on a CPU, bfloat16 on a GPU"),

@@ -40,7 +40,7 @@ class RecordMaker:
 
     def unedited(self, rows: Sequence[Row]) -> Iterator[Record]:
         """Records of the unedited model."""
-        for part, index, started in self._slices(rows):
+        for part, index, started in self._slices(rows, self.spec.num_batches):
             yield self._record(None, part, self._scores([rows[i] for i in index]), started)
 
     def cell(
@@ -48,21 +48,22 @@ class RecordMaker:
         cell: Cell,
         rows: Sequence[Row],
         *,
+        point: int,
         unedited: Sequence[Row],
         baseline: Sequence[Row] | None,
         routes: Sequence[str] | None,
     ) -> Iterator[Record]:
-        """Records of one cell: pooled, then batch by batch.
+        """Records of one cell after ``point`` batches: of their records pooled, then batch by batch.
 
         rows, unedited, baseline: the same prompts under the cell's, no and the baseline's edits (None: no
         differences); routes: of the same prompts (None: not routed).
         """
-        for part, index, started in self._slices(rows):
+        for part, index, started in self._slices(rows, point):
             own = [rows[i] for i in index]
             chosen = None if routes is None else [routes[i] for i in index]
             base = None if baseline is None else [baseline[i] for i in index]
             scores = self._scores(own, [unedited[i] for i in index], chosen, base)
-            yield self._record(cell, part, scores, started)
+            yield self._record(cell, part, scores, started, point=point)
 
     def tasks(
         self,
@@ -97,9 +98,9 @@ class RecordMaker:
         """The record of a slice that has no scores; cell None: of the unedited model."""
         return self._record(cell, part, [], time.perf_counter(), error=text)
 
-    def _slices(self, rows: Sequence[Row]) -> Iterator[tuple[str, list[int], float]]:
+    def _slices(self, rows: Sequence[Row], point: int) -> Iterator[tuple[str, list[int], float]]:
         """(slice, row numbers, start time), the pooled one first."""
-        for number in range(self.spec.num_batches + 1):
+        for number in range(point + 1):
             index = [i for i, row in enumerate(rows) if number in (0, row["batch"])]
             yield "overall" if number == 0 else f"batch:{number}", index, time.perf_counter()
 
@@ -129,9 +130,18 @@ class RecordMaker:
         return scores
 
     def _record(
-        self, cell: Cell | None, part: str, scores: Sequence[Score], started: float, error: str | None = None
+        self,
+        cell: Cell | None,
+        part: str,
+        scores: Sequence[Score],
+        started: float,
+        *,
+        point: int | None = None,
+        error: str | None = None,
     ) -> Record:
+        """point: batches in the weights; None: all."""
         spec = self.spec
+        batches = spec.num_batches if point is None else point
         ratio = cell.pruning_ratio if cell else None
         top_k = cell.top_k if cell else None
         return Record(
@@ -145,7 +155,7 @@ class RecordMaker:
             top_k=top_k,
             encoder=None if top_k is None else spec.encoder,
             seed=spec.seed,
-            edits_applied=spec.edits if cell else 0,
+            edits_applied=batches * spec.batch_size if cell else 0,
             slice=part,
             scores=tuple(scores),
             seconds=time.perf_counter() - started,

@@ -24,7 +24,7 @@ from harness.paths import read_lines
 
 TEXT_TOKENS = 100  # of a text, its prompt included
 TOP_K = 5
-PASS_ROWS = 64  # texts sampled together
+PASS_ROWS = 128  # texts sampled together
 NGRAM_WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of the entropies of bigrams and trigrams in fluency
 
 
@@ -48,26 +48,15 @@ def sample_texts(
     names = list(prompts)
     rows = [encode(tokenizer, prompts[name]) for name in names]
     texts = [""] * len(rows)
-    done = 0
-    for part in _equal_lengths(rows):
-        ids = torch.tensor([rows[i] for i in part])
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for done in range(0, len(order), PASS_ROWS):
+        part = order[done : done + PASS_ROWS]
         draws = torch.stack([_draws(names[i], seed, tokens) for i in part])
-        for i, row in zip(part, _continued(model, ids, draws[:, ids.shape[1] :]).tolist(), strict=True):
+        for i, row in zip(part, _continued(model, [rows[i] for i in part], draws), strict=True):
             texts[i] = str(tokenizer.decode(row, skip_special_tokens=True))
-        done += len(part)
         if progress:
-            progress(done, len(rows))
+            progress(done + len(part), len(rows))
     return texts
-
-
-def _equal_lengths(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices of rows of one length, at most PASS_ROWS: no padding is ever needed."""
-    by_length: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(i)
-    for _, indices in sorted(by_length.items()):
-        for i in range(0, len(indices), PASS_ROWS):
-            yield indices[i : i + PASS_ROWS]
 
 
 def _draws(name: str, seed: int, tokens: int) -> Tensor:
@@ -77,24 +66,35 @@ def _draws(name: str, seed: int, tokens: int) -> Tensor:
     return torch.rand(tokens, generator=generator, dtype=torch.float64)
 
 
-def _continued(model: PreTrainedModel, ids: Tensor, draws: Tensor) -> Tensor:
-    """``ids`` (rows, length) with one token more for each column of ``draws`` (rows, steps)."""
+def _continued(model: PreTrainedModel, rows: Sequence[list[int]], draws: Tensor) -> list[list[int]]:
+    """The rows, each going on to as many tokens as ``draws`` (rows, tokens) has columns.
+
+    All rows go forward a token at a time from the end of the shortest, longer ones along their own prompt
+    until that ends. So all are of one length at any time, and nothing is ever padded.
+    """
     device = device_of(model)
+    tokens = draws.shape[1]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), max(tokens, int(lengths.max())), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    ids, draws, lengths = ids.to(device), draws.to(device), lengths.to(device)
     kept = DynamicCache()
-    ids, draws = ids.to(device), draws.to(device)
-    new = ids
-    for step in range(draws.shape[1]):
+    first = int(lengths.min())
+    new = ids[:, :first]
+    for place in range(first, tokens):
         out = model.base_model(input_ids=new, past_key_values=kept, use_cache=True)
-        logits = head_logits(model, out.last_hidden_state[:, -1])
-        new = _sampled(logits, draws[:, step])[:, None]
-        ids = torch.cat([ids, new], dim=1)
-    return ids
+        chosen = _sampled(head_logits(model, out.last_hidden_state[:, -1]), draws[:, place])
+        ids[:, place] = torch.where(place < lengths, ids[:, place], chosen)
+        new = ids[:, place : place + 1]
+    ends = lengths.clamp(min=tokens).tolist()
+    return [row[:end] for row, end in zip(ids.tolist(), ends, strict=True)]
 
 
 def _sampled(logits: Tensor, draws: Tensor) -> Tensor:
     """(rows,) the token among the TOP_K likeliest at which their summed probability passes the draw."""
-    top = logits.double().topk(min(TOP_K, logits.shape[1]), dim=1)
-    passed = top.values.softmax(dim=1).cumsum(dim=1) <= draws[:, None]
+    top = logits.topk(min(TOP_K, logits.shape[1]), dim=1)
+    passed = top.values.double().softmax(dim=1).cumsum(dim=1) <= draws[:, None]
     choice = passed.sum(dim=1).clamp(max=top.indices.shape[1] - 1)
     return top.indices.gather(1, choice[:, None]).squeeze(1)
 
@@ -178,11 +178,14 @@ def load_references(path: str, cases: Sequence[EditCase]) -> Consistency:
     return Consistency(references)
 
 
-def text_rows(batches: Sequence[Sequence[EditCase]]) -> Iterator[dict[str, Any]]:
-    """What names every generation prompt in ``cases.jsonl.gz``; repeated ones are sampled again."""
+def text_rows(batches: Sequence[Sequence[EditCase]], most: int | None = None) -> Iterator[dict[str, Any]]:
+    """What names every generation prompt in ``cases.jsonl.gz``; repeated ones are sampled again.
+
+    most: prompts of a record, its first ones; None: all.
+    """
     for number, batch in enumerate(batches, start=1):
         for case in batch:
-            for index, prompt in enumerate(case.generation_prompts):
+            for index, prompt in enumerate(case.generation_prompts[:most]):
                 yield {
                     "case_id": case.case_id,
                     "batch": number,

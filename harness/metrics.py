@@ -23,7 +23,9 @@ FORCED = {  # KnowEdit: metric -> kind of prompt, and the fields whose ratio is 
     "relation_specificity": ("relation_specificity", "tokens_agreeing", "tokens"),
     **{f"{kind}_any": (kind, "tokens_right_any", "tokens_any") for kind in PORTABILITY.values()},
 }
+EXACT = ("rewrite_acc", "rephrase_acc", *PORTABILITY.values())  # these also count whole answers
 FORCED_KINDS = tuple(dict.fromkeys(kind for kind, *_ in FORCED.values()))
+VIEWS = {"": "success", "_argmax": "argmax", "_overlap": "overlap"}  # of CounterFact's metrics
 RESAMPLES = 2000
 Array = NDArray[np.float64]
 
@@ -34,6 +36,7 @@ class Table:
 
     success: Array
     argmax: Array
+    overlap: Array
     prompts: Mapping[str, int]
 
 
@@ -49,39 +52,42 @@ def tabulate_cell(
     grouped by ``case_id``, in order of first appearance.
     """
     order: dict[Any, int] = {}
-    values: dict[tuple[int, str], list[tuple[bool, bool]]] = {}
-    for i, row in enumerate(cases):
+    values: dict[tuple[int, str], list[tuple[float, ...]]] = {}
+    for row, shown in zip(cases, shown_rows(cases, unedited, routes), strict=True):
         if row["kind"] not in KINDS:
             continue
-        shown = _shown(i, cases, unedited, routes)
         record = order.setdefault(row["case_id"], len(order))
         values.setdefault((record, row["kind"]), []).append(_outcome(shown))
-    means = np.array(  # (records, kinds, 2)
+    means = np.array(  # (records, kinds, views)
         [[np.mean(values[record, kind], axis=0) for kind in KINDS] for record in range(len(order))],
         dtype=np.float64,
     )
     prompts = {kind: sum(row["kind"] == kind for row in cases) for kind in KINDS}
-    return Table(success=means[..., 0], argmax=means[..., 1], prompts=prompts)
+    success, argmax, overlap = np.moveaxis(means, -1, 0)
+    return Table(success=success, argmax=argmax, overlap=overlap, prompts=prompts)
 
 
-def _shown(
-    i: int,
+def shown_rows(
     cases: Sequence[Mapping[str, Any]],
-    unedited: Sequence[Mapping[str, Any]] | None,
-    routes: Sequence[str] | None,
-) -> Mapping[str, Any]:
-    """The outcome of a prompt that a cell shows: its own, or the unedited model's if routed there."""
-    if routes is None or routes[i] != "unedited":
-        return cases[i]
-    assert unedited is not None and unedited[i]["prompt"] == cases[i]["prompt"]
-    return unedited[i]
+    unedited: Sequence[Mapping[str, Any]] | None = None,
+    routes: Sequence[str] | None = None,
+) -> Sequence[Mapping[str, Any]]:
+    """The outcomes that a cell shows: its own, or the unedited model's where a prompt is routed there."""
+    if routes is None:
+        return cases
+    assert unedited is not None
+    shown = [plain if route == "unedited" else row
+             for row, plain, route in zip(cases, unedited, routes, strict=True)]  # fmt: skip
+    assert all(a["prompt"] == b["prompt"] for a, b in zip(cases, shown, strict=True))
+    return shown
 
 
-def _outcome(row: Mapping[str, Any]) -> tuple[bool, bool]:
-    """(success, argmax success) of one prompt; a tie is no success."""
-    if row["kind"] == "neighborhood":
-        return row["nll_true"] < row["nll_new"], row["argmax_true"]
-    return row["nll_new"] < row["nll_true"], row["argmax_new"]
+def _outcome(row: Mapping[str, Any]) -> tuple[float, ...]:
+    """(success, argmax, overlap) of one prompt: likelier than the other answer (a tie is no success), all
+    of its tokens predicted, the share of them that is."""
+    right, other = ("true", "new") if row["kind"] == "neighborhood" else ("new", "true")
+    likelier = row[f"nll_{right}"] < row[f"nll_{other}"]
+    return likelier, row[f"argmax_{right}"], row[f"tokens_right_{right}"] / row[f"tokens_{right}"]
 
 
 def harmonic_mean(rates: Array) -> Array:
@@ -103,7 +109,7 @@ def edit_scores(table: Table, baseline: Table | None, counts: Array) -> list[Sco
     counts: of ``resampling_counts`` for this many records.
     """
     scores: list[Score] = []
-    for suffix, part in (("", "success"), ("_argmax", "argmax")):
+    for suffix, part in VIEWS.items():
         value, drawn = _rates(getattr(table, part), counts)
         base = _rates(getattr(baseline, part), counts) if baseline is not None else None
         for column, (kind, name) in enumerate(KINDS.items()):
@@ -163,19 +169,20 @@ def forced_shares(
     cases, unedited, routes: as ``tabulate_cell`` takes them.
     """
     values: dict[str, dict[Any, list[float]]] = {}
-    for i, row in enumerate(cases):
-        shown = _shown(i, cases, unedited, routes)
+    for row, shown in zip(cases, shown_rows(cases, unedited, routes), strict=True):
         for metric, (kind, right, tokens) in FORCED.items():
             if kind == row["kind"]:
-                values.setdefault(metric, {}).setdefault(row["case_id"], []).append(
-                    shown[right] / shown[tokens]
-                )
+                share = shown[right] / shown[tokens]
+                values.setdefault(metric, {}).setdefault(row["case_id"], []).append(share)
+                if metric in EXACT:
+                    exact = values.setdefault(f"{metric}_exact", {}).setdefault(row["case_id"], [])
+                    exact.append(float(share == 1))
     return {
         metric: Shares(
             values=np.array([np.mean(shares) for shares in values[metric].values()], dtype=np.float64),
             prompts=sum(map(len, values[metric].values())),
         )
-        for metric in FORCED
+        for metric in (*FORCED, *(f"{name}_exact" for name in EXACT))
         if metric in values
     }
 
@@ -231,15 +238,6 @@ def text_scores(
         base = None if baseline is None else _rates(np.array([baseline[metric][c] for c in values]), counts)
         scores.append(_score(metric, value, drawn, len(values), base, protocol="generated"))
     return scores
-
-
-def shown_rows(
-    cases: Sequence[Mapping[str, Any]],
-    unedited: Sequence[Mapping[str, Any]] | None = None,
-    routes: Sequence[str] | None = None,
-) -> list[Mapping[str, Any]]:
-    """The outcomes that a cell shows, as ``tabulate_cell`` takes them."""
-    return [_shown(i, cases, unedited, routes) for i in range(len(cases))]
 
 
 def task_scores(

@@ -5,6 +5,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from harness.data import EditCase, KnowEditCase, load_dataset, select
 from harness.deltas import delta_path, read_delta, read_state, state_path, write_delta, write_state
 from harness.encoders import encoder
 from harness.folder import RunFolder, SpecMismatchError, provenance
-from harness.generation import load_references, sample_texts, text_rows
+from harness.generation import Consistency, load_references, sample_texts, text_rows
 from harness.grid import NO_MERGE, Cell, cells_of, merge_ratios, needs_unmerged, weights_id
 from harness.models import (
     LoadedModel,
@@ -52,6 +53,7 @@ OWN_TOKENS = 30_000  # least text sampled for ``self``; docs/statistics.md shows
 TOKENS_PER_WIDTH = 10  # tokens per dimension of a key below which a report says so
 logger = logging.getLogger(__name__)
 Routes = dict[int, list[tuple[str, float]]]  # top-k -> (route, score) of every scored prompt
+Outcomes = dict[int, list[Row]]  # batches in the weights -> every prompt scored with them
 
 
 def run_grid(
@@ -81,8 +83,9 @@ def run_grid(
         inputs["stats_digest"] = file_digest(Path(spec.stats))
     if spec.generation and not any(case.generation_prompts for case in selection.cases):
         raise ValueError(f"records of {spec.dataset!r} have no generation_prompts; leave out --generation")
+    consistency = None
     if spec.references is not None:
-        load_references(spec.references, selection.cases)  # refused now if it is of no use
+        consistency = load_references(spec.references, selection.cases)
         inputs["references_digest"] = file_digest(Path(spec.references))
     suite = _load_suite(spec, data)
     if suite is not None:
@@ -102,7 +105,7 @@ def run_grid(
     with display.live():
         with display.stage(f"load {spec.model}") as stage:
             loaded = load_model(spec.model, source, dtype=getattr(torch, spec.dtype), device=spec.device)
-            run = _Run(spec, folder, display, loaded, selection.cases, suite)
+            run = _Run(spec, folder, display, loaded, selection.cases, suite, consistency)
             run.timed("load", stage)
         if embed is not None:
             run.route(embed, selection.unrelated)
@@ -172,6 +175,7 @@ class _Run:
         loaded: LoadedModel,
         cases: Sequence[EditCase],
         suite: "Suite | None",
+        consistency: Consistency | None,
     ) -> None:
         self.spec, self.folder, self.display, self.loaded = spec, folder, display, loaded
         self.out = folder.path
@@ -180,9 +184,11 @@ class _Run:
         self.knowedit = isinstance(cases[0], KnowEditCase)
         self.probes = list(batch_probes(self.batches)) if self.knowedit else []
         self.queries = [] if self.knowedit else list(batch_queries(self.batches))
-        self.texts = list(text_rows(self.batches)) if spec.generation else []
+        self.texts = list(text_rows(self.batches, spec.generation_prompts)) if spec.generation else []
         self.prompts = [*(row for row, _ in self.probes or self.queries), *self.texts]
-        self.routes: Routes = {}
+        last = spec.num_batches
+        self.points = range(1, last + 1) if spec.evaluate == "every-batch" else range(last, last + 1)
+        self.routes: dict[int, Routes] = {}  # by point, as all outcomes
         self.routing_error: str | None = None
         self.suite = suite
         self.task_routes: Routes = {}
@@ -194,7 +200,7 @@ class _Run:
             model_digest=loaded.digest,
             data_digest=folder.info["spec"]["data_digest"],
             knowedit=self.knowedit,
-            consistency=load_references(spec.references, cases) if spec.references else None,
+            consistency=consistency,
         )
         model = {"name": spec.model, "revision": loaded.revision, "digest": loaded.digest}
         folder.same("model", model)
@@ -207,6 +213,10 @@ class _Run:
         self.base: Weights = {n: loaded.model.get_parameter(n).detach().clone() for n in names}
         self._covariances: dict[int, Covariance] = {}
         self.notes: list[str] = suite.notes(loaded.tokenizer) if suite else []
+        if spec.generation_prompts is not None:
+            self.notes.append(
+                f"Texts are of the first {spec.generation_prompts} generation prompts of a record at most."
+            )
         if spec.generation and spec.references is None:
             self.notes.append("Consistency is not available: no reference texts were given (--references).")
 
@@ -218,28 +228,38 @@ class _Run:
         return seconds
 
     def route(self, embed: Callable[[Sequence[str]], Tensor], unrelated: Sequence[str]) -> None:
-        """Decide every scored prompt, with the corpus as it is after the last batch."""
+        """Decide every scored prompt, with the edits that the corpus has at that point."""
         spec = self.spec
         config, kind = ROUTERS[spec.router]
         try:
             with self.display.stage("route prompts") as stage:
-                router = kind(config(top_k=spec.top_k[0]), embed)
-                router.add("edited", [case.rewrite_prompt for case in self.cases])
-                router.add(None, unrelated)
-                decisions = router.route_many([row["prompt"] for row in self.prompts], spec.top_k)
-                if self.suite is not None:
+                for point in self.points:
+                    router = kind(config(top_k=spec.top_k[0]), embed)
+                    edited = self.cases[: point * spec.batch_size]
+                    router.add("edited", [case.rewrite_prompt for case in edited])
+                    router.add(None, unrelated)
+                    prompts = [self.prompts[i]["prompt"] for i in self._scored(point)]
+                    self.routes[point] = _named(router.route_many(prompts, spec.top_k))
+                if self.suite is not None:  # by the router as it is after the last batch
                     prompts = [item.prompt for item in self.suite.items]
                     self.task_routes = _named(router.route_many(prompts, spec.top_k))
                 self.timed("route", stage)
         except Exception as error:  # the cells without a router do not depend on it
             self.routing_error = self._said("routing", error)
-            return
-        self.routes = _named(decisions)
+
+    def _scored(self, point: int) -> list[int]:
+        """The prompts scored after so many batches: of the records edited by then; texts at the end only."""
+        final = point == self.spec.num_batches
+        return [
+            i
+            for i, row in enumerate(self.prompts)
+            if row["batch"] <= point and (final or row["kind"] != "generation")
+        ]
 
     def all_editors(self) -> int:
         """The unedited model, then editor after editor; how many cells failed."""
         order = ("none", *self.spec.editors)
-        self.unedited = self._outcomes("unedited", self.base)
+        self.unedited = self._outcomes("unedited", self.base, self.spec.num_batches)
         self._ability("unedited", self.base)
         records = [*self.records.unedited(self.unedited), *self._task_records(None)]
         self.folder.write_records("none", records, order)
@@ -256,7 +276,7 @@ class _Run:
     def _editor(self, editor: str) -> Iterator[Record]:
         """Records of all cells of one editor; a weight set that fails costs only the cells that need it."""
         spec = self.spec
-        outcomes: dict[float | None, list[Row] | str] = {}
+        outcomes: dict[float | None, Outcomes | str] = {}
         if spec.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(spec.device)
         for ratio in (None, *merge_ratios(spec)):
@@ -282,19 +302,24 @@ class _Run:
         if isinstance(baseline, str):
             baseline = None
         for cell in cells_of(spec, editor):
-            rows = outcomes[cell.pruning_ratio]
-            if cell.top_k is not None and self.routing_error and not isinstance(rows, str):
-                rows = self.routing_error
-            if isinstance(rows, str):
-                yield self.records.error(cell, rows)
+            found = outcomes[cell.pruning_ratio]
+            if cell.top_k is not None and self.routing_error and not isinstance(found, str):
+                found = self.routing_error
+            if isinstance(found, str):
+                yield self.records.error(cell, found)
                 continue
-            yield from self.records.cell(
-                cell,
-                rows,
-                unedited=self.unedited,
-                baseline=None if cell.name == "baseline" else baseline or None,
-                routes=None if cell.top_k is None else [route for route, _ in self.routes[cell.top_k]],
-            )
+            for point, rows in found.items():
+                routes = None
+                if cell.top_k is not None:
+                    routes = [route for route, _ in self.routes[point][cell.top_k]]
+                yield from self.records.cell(
+                    cell,
+                    rows,
+                    point=point,
+                    unedited=[self.unedited[i] for i in self._scored(point)],
+                    baseline=baseline[point] if baseline and cell.name != "baseline" else None,
+                    routes=routes,
+                )
             yield from self._task_records(cell)
 
     def _said(self, what: str, error: Exception) -> str:
@@ -304,31 +329,58 @@ class _Run:
         self.display.say(f"{what} failed: {text}")
         return text
 
-    def _weight_set(self, editor: str, ratio: float | None) -> list[Row]:
-        """Outcomes of one editor's weights, merged at a pruning ratio or unmerged (None)."""
+    def _weight_set(self, editor: str, ratio: float | None) -> Outcomes:
+        """Outcomes of one editor's weights, merged at a pruning ratio or unmerged (None), at every point."""
         name = weights_id(self.spec, editor, ratio)
         if ratio is None:
-            edited = self._edit(editor, editor, None)
+            self._edit(editor, editor, None)
             if not {"baseline", "+R"} & set(self.spec.cells):
-                return []  # edited only for what is merged from it
-            weights, notes = self.spec.editor(editor).released(self.base, edited)
-            self._measured(editor, **notes)
+                return {}  # edited only for what is merged from it
         elif self.spec.chain == "merged":
-            weights = self._edit(editor, name, ratio)
-        else:
-            weights = self._merged(editor, ratio)
-        rows = self._outcomes(name, weights)
-        self._ability(name, weights)
-        return rows
+            self._edit(editor, name, ratio)
+        outcomes: Outcomes = {}
+        for point, after in self._history(editor, ratio):
+            weights = after
+            if ratio is None:
+                weights, notes = self.spec.editor(editor).released(self.base, after)
+                self._measured(editor, **notes)
+            outcomes[point] = self._outcomes(name, weights, point)
+            if point == self.spec.num_batches:
+                self._ability(name, weights)
+        return outcomes
 
-    def _edit(self, editor: str, chain: str, ratio: float | None) -> Weights:
-        """Edit batch after batch from the unedited weights; the weights after the last one.
+    def _history(self, editor: str, ratio: float | None) -> Iterator[tuple[int, Weights]]:
+        """Every point with the weights after so many batches, from the stored deltas without any forward."""
+        name = weights_id(self.spec, editor, ratio)
+        batches = range(1, self.spec.num_batches + 1)
+        if ratio is None or self.spec.chain == "merged":
+            weights = self.base
+            for batch in batches:
+                weights = self._after(weights, self._delta(name, batch), ratio)
+                if batch in self.points:
+                    yield batch, weights
+            return
+        deltas = (self._delta(editor, batch) for batch in batches)
+        merged = shadow_chain(self._merger(ratio), self.base, deltas)
+        done, seconds = 0, 0.0
+        for point in self.points:
+            with self.display.stage(f"merge {editor} at {ratio:g}, batch {point}") as stage:
+                for after in islice(merged, point - done):
+                    weights = after
+                seconds += time.monotonic() - stage.start
+            done = point
+            yield point, weights
+        self.folder.info["timings"][f"merge {name}"] = round(seconds, 3)
+        self.folder.note()
+
+    def _edit(self, editor: str, chain: str, ratio: float | None) -> None:
+        """Edit batch after batch from the unedited weights, as far as that is not done; the deltas stay.
 
         chain: name of the delta folder; ratio: of the merged chain, None for the unmerged one.
         """
         weights, state, done = self._resumed(chain, ratio)
         if done == len(self.batches):
-            return weights
+            return
         self._statistics()
         self._restore(self.base)
         with self.display.stage(f"edit with {chain}", total=len(self.batches)) as stage:
@@ -350,7 +402,6 @@ class _Run:
             edited = (len(self.batches) - done) * self.spec.batch_size
             self._measured(chain, edit_seconds_per_edit=seconds / edited, **stream.notes())
             self.timed(f"edit {chain}", stage)
-        return weights
 
     def _edit_batch(
         self, stream: EditStream, editor: str, chain: str, batch: int, weights: Weights, ratio: float | None
@@ -405,16 +456,6 @@ class _Run:
         merged: Weights = self._merger(ratio).merge({name: weights[name] for name in delta}, [delta])
         return weights | merged
 
-    def _merged(self, editor: str, ratio: float) -> Weights:
-        """The merged weights after the last batch, replayed from the stored deltas without any forward."""
-        merged = self.base
-        with self.display.stage(f"merge {editor} at {ratio:g}") as stage:
-            deltas = (self._delta(editor, batch) for batch in range(1, len(self.batches) + 1))
-            for after in shadow_chain(self._merger(ratio), self.base, deltas):
-                merged = after
-            self.timed(f"merge {weights_id(self.spec, editor, ratio)}", stage)
-        return merged
-
     def _merger(self, ratio: float) -> Any:
         config, kind = MERGERS[self.spec.merger]
         return kind(config(pruning_ratio=ratio))
@@ -447,18 +488,20 @@ class _Run:
 
     # -- scores -------------------------------------------------------------------------------------------
 
-    def _outcomes(self, name: str, weights: Weights) -> list[Row]:
-        """Every prompt scored under one weight set, in the model's own precision."""
-        path = self.out / "scores" / f"{name}.jsonl.gz"
+    def _outcomes(self, name: str, weights: Weights, point: int) -> list[Row]:
+        """Every prompt scored under one weight set after so many batches, in the model's own precision."""
+        path = self._scores_path(name, point)
         if path.is_file():
             return read_lines(path)
+        final = point == self.spec.num_batches
         model = self.loaded.model
         cast = {n: value.to(model.dtype) for n, value in weights.items()}
-        with self.display.stage(f"score {name}") as stage, weights_in_place(model, cast):
-            fields = self._fields(name, lambda done, total: stage.update(done / total))
-            seconds = self.timed(f"score {name}", stage)
+        what = name if final else f"{name} after batch {point}"
+        with self.display.stage(f"score {what}") as stage, weights_in_place(model, cast):
+            fields = self._fields(name, point, lambda done, total: stage.update(done / total))
+            seconds = self.timed(f"score {what}", stage)
         scored = len(fields)
-        if self.texts:
+        if self.texts and final:
             with self.display.stage(f"texts {name}") as stage, weights_in_place(model, cast):
                 prompts = {f"{row['case_id']}/{row['index']}": row["prompt"] for row in self.texts}
                 tell: Progress = lambda done, total: stage.update(done / total)
@@ -467,27 +510,29 @@ class _Run:
                 )
                 fields += [{"text": text} for text in texts]
                 self.timed(f"texts {name}", stage)
+        edits = 0 if name == "unedited" else point * self.spec.batch_size
         rows = [
-            {
-                "weights": name,
-                "edits_applied": 0 if name == "unedited" else self.spec.edits,
-                **row,
-                **found,
-            }
-            for row, found in zip(self.prompts, fields, strict=True)
+            {"weights": name, "edits_applied": edits, **self.prompts[i], **found}
+            for i, found in zip(self._scored(point), fields, strict=True)
         ]
         write_lines_gz(path, rows)
-        if name in self.spec.editors:
+        if name in self.spec.editors and final:
             self._measured(name, inference_seconds_per_sample=seconds / scored)
         return rows
 
-    def _fields(self, name: str, progress: Progress) -> list[Row]:
+    def _scores_path(self, name: str, point: int) -> Path:
+        final = point == self.spec.num_batches
+        folder = self.out / "scores" if final else self.out / "scores" / f"after-{point:04d}"
+        return folder / f"{name}.jsonl.gz"
+
+    def _fields(self, name: str, point: int, progress: Progress) -> list[Row]:
         """What every prompt's row says under the weights that are in the model, by its schema."""
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         if self.knowedit:
-            unedited = None if name == "unedited" else self.unedited
-            return probe_fields(model, tokenizer, self.probes, unedited=unedited, progress=progress)
-        queries = [query for _, query in self.queries]
+            probes = [(row, probe) for row, probe in self.probes if row["batch"] <= point]
+            unedited = None if name == "unedited" else [self.unedited[i] for i in self._scored(point)]
+            return probe_fields(model, tokenizer, probes, unedited=unedited, progress=progress)
+        queries = [query for row, query in self.queries if row["batch"] <= point]
         return [answer_fields(answer) for answer in score(model, tokenizer, queries, progress=progress)]
 
     def _ability(self, name: str, weights: Weights) -> None:
@@ -546,10 +591,11 @@ class _Run:
         for editor in self.spec.editors:
             for ratio in (None, *merge_ratios(self.spec)):
                 name = weights_id(self.spec, editor, ratio)
-                path = self.out / "scores" / f"{name}.jsonl.gz"
-                if path.is_file():
-                    yield from self._with_routes(read_lines(path), self.routes)
-                    yield from self._with_routes(self._stored_tasks(name), self.task_routes)
+                for point in self.points:
+                    path = self._scores_path(name, point)
+                    if path.is_file():
+                        yield from self._with_routes(read_lines(path), self.routes.get(point, {}))
+                yield from self._with_routes(self._stored_tasks(name), self.task_routes)
 
     def _with_routes(self, rows: Sequence[Row], routes: Routes) -> Iterator[Row]:
         """The rows with where they are sent; as they are if nothing is routed."""
@@ -609,4 +655,8 @@ def answer_fields(answer: Answer) -> Row:
         "sum_nll_true": answer.true.sum_nll,
         "argmax_new": answer.new.argmax,
         "argmax_true": answer.true.argmax,
+        "tokens_new": answer.new.tokens,
+        "tokens_true": answer.true.tokens,
+        "tokens_right_new": answer.new.tokens_right,
+        "tokens_right_true": answer.true.tokens_right,
     }

@@ -13,10 +13,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.capture import head_logits
+from editors.capture import head_logits, log_probabilities
 from editors.sites import device_of
 from editors.tokens import encode, target_ids
 
@@ -39,7 +38,13 @@ class Likelihood:
 
     nll: float  # mean negative log-probability per target token, nats
     sum_nll: float
-    argmax: bool  # every target token is the most likely one
+    tokens: int  # of the target
+    tokens_right: int  # of them, those that are the most likely one under teacher forcing
+
+    @property
+    def argmax(self) -> bool:
+        """Every target token is the most likely one: greedy generation would write the target."""
+        return self.tokens_right == self.tokens
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def _score_batch(
     starts = torch.tensor([[target[0] for target in pair] for pair in targets], device=device)
     lengths = [[len(target) for target in pair] for pair in targets]
     sums: list[list[float]] = first.gather(1, starts).tolist()
-    hits: list[list[bool]] = (starts == best[:, None]).tolist()
+    hits: list[list[int]] = (starts == best[:, None]).int().tolist()
     if states.later is not None:
         tokens = torch.tensor([targets[row][which][t] for row, which, t in states.places], device=device)
         log_p = _log_softmax(model, states.later)
@@ -216,16 +221,16 @@ def _score_batch(
         right = (log_p.argmax(dim=-1) == tokens).tolist()
         for (row, which, _), value, hit in zip(states.places, values, right, strict=True):
             sums[row][which] += value
-            hits[row][which] &= hit
+            hits[row][which] += hit
 
     def likelihood(row: int, which: int) -> Likelihood:
         total = -sums[row][which]
-        return Likelihood(total / lengths[row][which], total, hits[row][which])
+        tokens = lengths[row][which]
+        return Likelihood(total / tokens, total, tokens, hits[row][which])
 
     return [Answer(new=likelihood(row, 0), true=likelihood(row, 1)) for row in range(len(prompts))]
 
 
 def _log_softmax(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(m, V) log-probabilities in float32 or better for (m, d_model) final hidden states."""
-    logits = head_logits(model, hidden)
-    return functional.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), dim=-1)
+    return log_probabilities(head_logits(model, hidden))

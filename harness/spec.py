@@ -23,6 +23,7 @@ from tasks import SIX, TASKS
 HYPERPARAMETERS = Path(__file__).parent / "hyperparameters.yaml"
 CELLS = ("baseline", "+MM", "+R", "+MM+R")
 CHAINS = ("shadow", "merged")
+EVALUATIONS = ("final", "every-batch")
 CORPORA = ("self", "wikipedia")
 SELECTIONS = ("first", "random")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -51,6 +52,7 @@ class RunSpec:
     evaluate: str
     capability: tuple[str, ...]  # general tasks; none if empty
     generation: bool  # sample texts: fluency, consistency
+    generation_prompts: int | None  # at most so many a record; None: all
     references: str | None  # file of reference texts
     seed: int
     dtype: str
@@ -65,13 +67,13 @@ class RunSpec:
         _known("router", (self.router,), ROUTERS)
         _known("selection", (self.select,), SELECTIONS)
         _known("dtype", (self.dtype,), DTYPES)
-        _known("evaluation", (self.evaluate,), ("final",))
+        _known("evaluation", (self.evaluate,), EVALUATIONS)
         for name in ("batch_size", "num_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
-        for name in ("limit_stats", "negatives"):
+        for name in ("limit_stats", "negatives", "generation_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -172,7 +174,8 @@ def resolve(
         evaluate=given.get("evaluate", "final"),
         capability=capability_tasks(given.get("capability", ("none",))),
         generation=given.get("generation", False),
-        references=_references(given),
+        generation_prompts=_with_generation(given, "generation_prompts"),
+        references=_with_generation(given, "references"),
         seed=given.get("seed", 0),
         dtype=given.get("dtype") or ("float32" if device == "cpu" else "bfloat16"),
         device=device,
@@ -196,11 +199,11 @@ def capability_tasks(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(task for name in names for task in (SIX if name == "six" else (name,)))
 
 
-def _references(given: Mapping[str, Any]) -> str | None:
-    path: str | None = given.get("references")
-    if path is not None and not given.get("generation"):
-        raise ValueError(f"references {path!r} are compared with generated texts; add --generation")
-    return path
+def _with_generation(given: Mapping[str, Any], name: str) -> Any:
+    """A flag that says something of generated texts; ValueError if there are none."""
+    if name in given and not given.get("generation"):
+        raise ValueError(f"{name} is {given[name]!r}, but no texts are generated; add --generation")
+    return given.get(name)
 
 
 def _batch_size(dataset: str) -> int:

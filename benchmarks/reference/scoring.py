@@ -18,7 +18,12 @@ class Likelihood:
 
     nll: float  # mean per token
     sum_nll: float
-    argmax: bool  # every token is the most likely one
+    right: tuple[bool, ...]  # for each token, whether it is the most likely one
+
+    @property
+    def argmax(self) -> bool:
+        """Every token is the most likely one."""
+        return all(self.right)
 
 
 @torch.no_grad()
@@ -34,7 +39,7 @@ def likelihood(
     places = [len(prompt_ids) + j - 1 for j in range(len(ids))]
     nlls = [-log_p[place, token].item() for place, token in zip(places, ids, strict=True)]
     right = [int(log_p[place].argmax()) == token for place, token in zip(places, ids, strict=True)]
-    return Likelihood(math.fsum(nlls) / len(nlls), math.fsum(nlls), all(right))
+    return Likelihood(math.fsum(nlls) / len(nlls), math.fsum(nlls), tuple(right))
 
 
 @torch.no_grad()
@@ -59,6 +64,9 @@ def knowedit_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
                 name = {"rewrite": "rewrite_acc", "rephrase": "rephrase_acc"}.get(kind, kind)
                 right = row["tokens_agreeing" if kind == "relation_specificity" else "tokens_right"]
                 shares.setdefault(name, {}).setdefault(row["case_id"], []).append(right / row["tokens"])
+                if kind != "relation_specificity":
+                    whole = 1.0 if right == row["tokens"] else 0.0
+                    shares.setdefault(f"{name}_exact", {}).setdefault(row["case_id"], []).append(whole)
                 if "tokens_any" in row:
                     share = row["tokens_right_any"] / row["tokens_any"]
                     shares.setdefault(f"{name}_any", {}).setdefault(row["case_id"], []).append(share)
@@ -84,6 +92,8 @@ def score_record(
                 f"nll_{which}": found.nll,
                 f"sum_nll_{which}": found.sum_nll,
                 f"argmax_{which}": found.argmax,
+                f"tokens_{which}": len(found.right),
+                f"tokens_right_{which}": sum(found.right),
             }
         rows.append(row)
     return rows
@@ -98,15 +108,18 @@ def counterfact_rates(records: Sequence[Sequence[Mapping[str, Any]]]) -> dict[st
     rates: dict[str, float] = {}
     for metric, kind in kinds.items():
         target, other = ("true", "new") if kind == "neighborhood" else ("new", "true")
-        success, argmax = [], []
+        success, argmax, overlap = [], [], []
         for rows in records:
             chosen = [row for row in rows if row["kind"] == kind]
             if chosen:
                 won = [row[f"nll_{target}"] < row[f"nll_{other}"] for row in chosen]
                 success.append(sum(won) / len(won))
                 argmax.append(sum(bool(row[f"argmax_{target}"]) for row in chosen) / len(chosen))
+                shares = [row[f"tokens_right_{target}"] / row[f"tokens_{target}"] for row in chosen]
+                overlap.append(math.fsum(shares) / len(shares))
         rates[metric] = math.fsum(success) / len(success)
         rates[f"{metric}_argmax"] = math.fsum(argmax) / len(argmax)
+        rates[f"{metric}_overlap"] = math.fsum(overlap) / len(overlap)
     three = [rates[metric] for metric in kinds]
     rates["score"] = 3 / math.fsum(1 / rate for rate in three) if all(three) else 0.0
     return rates

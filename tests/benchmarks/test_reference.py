@@ -554,6 +554,10 @@ def row(kind, new, true, argmax_new=False, argmax_true=False):
         "nll_true": true,
         "argmax_new": argmax_new,
         "argmax_true": argmax_true,
+        "tokens_new": 2,
+        "tokens_true": 4,
+        "tokens_right_new": 2 if argmax_new else 1,
+        "tokens_right_true": 4 if argmax_true else 1,
     }
 
 
@@ -572,6 +576,8 @@ def test_rates_average_records_and_count_ties_as_failures():
     assert rates["locality"] == pytest.approx(0.875)
     assert rates["efficacy_argmax"] == 0.5
     assert rates["locality_argmax"] == pytest.approx(0.375)
+    assert rates["efficacy_overlap"] == 0.75
+    assert rates["locality_overlap"] == pytest.approx((3.25 / 4 + 0.25) / 2)
     assert rates["score"] == pytest.approx(3 / (2 + 4 / 3 + 8 / 7))
     none = reference.counterfact_rates([[row("rewrite", 2, 1), *second[1:]]])
     assert none["score"] == 0

@@ -309,10 +309,42 @@ def test_a_name_without_a_value_is_as_if_absent(tmp_path: Path, resolved: list[A
     assert resolved[0][0].seed == 0
 
 
+def test_several_runs_of_one_config_share_what_stands_beside_them(
+    tmp_path: Path, resolved: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+    device: cpu
+    seed: 7
+    set: [memit.steps=9]
+    editors: memit
+    out: base
+    runs:
+      small: {batch-size: 3, num-batches: 4}
+      large: {batch_size: 5, set: memit.steps=8}
+    """
+    path = config(tmp_path, text)
+    assert call("--config", path, "--num-batches", "6") == 2
+    assert [more["out"] for _, more in resolved] == [Path("base/small"), Path("base/large")]
+    assert [(spec.batch_size, spec.num_batches, spec.seed) for spec, _ in resolved] == [(3, 6, 7), (5, 6, 7)]
+    assert [spec.settings["memit"]["steps"] for spec, _ in resolved] == [9, 8]
+    assert "harness.report base/small base/large" in capsys.readouterr().out
+
+
+def test_a_wrong_run_of_several_is_refused_before_the_first(tmp_path: Path, resolved: list[Any]) -> None:
+    assert call("--config", config(tmp_path, "runs: {a: {device: cpu}, b: {editors: memitt}}")) == 2
+    assert not resolved
+
+
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("text", "reasons"),
     [
+        ("runs: {}", ["runs is {}"]),
+        ("runs: [a]", ["runs is ['a']"]),
+        ("runs: {a: 1}", ["runs is"]),
+        ("runs: {../a: {seed: 1}}", ["'../a'", "folder"]),
+        ("runs: {a: {sead: 1}}", ["unknown name 'sead'"]),
+        ("runs: {a: {out: b}}", ["out belongs beside runs"]),
         ("batch_size: many", ["batch_size is 'many'", "int"]),
         ("batch_size: 2.5", ["batch_size is 2.5", "int"]),
         ("batch_size: true", ["batch_size is True", "int"]),
@@ -910,12 +942,13 @@ def test_a_delta_that_does_not_follow_is_refused(grid: Grid, done: Path, copied:
 def test_likelihoods_that_are_not_finite_are_no_result(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = harness.run._Run._merged
+    plain = harness.run.shadow_chain
 
-    def broken(self: Any, *args: Any) -> Any:
-        return {name: value * float("nan") for name, value in plain(self, *args).items()}
+    def broken(*args: Any) -> Iterator[Any]:
+        for weights in plain(*args):
+            yield {name: value * float("nan") for name, value in weights.items()}
 
-    monkeypatch.setattr(harness.run._Run, "_merged", broken)
+    monkeypatch.setattr(harness.run, "shadow_chain", broken)
     assert grid.run(tmp_path / "run", "--cells", "baseline", "+MM", editors=["memit"]) == 1
     found = {r["cell"]: r for r in records_of(tmp_path / "run") if r["slice"] == "overall"}
     assert found["baseline"]["scores"]
@@ -1134,6 +1167,112 @@ def test_the_knowedit_report_has_its_columns_and_notes(knowedit: Path) -> None:
         assert "Generalization" not in text
 
 
+# -- after every batch --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def every_batch(grid: Grid) -> Path:
+    """The run of ``done``, scored after every batch; not to be changed."""
+    out = grid.folder / "every-batch"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEQMMR_CACHE", str(grid.folder / "cache"))
+        assert grid.run(out, *MANY, "--evaluate", "every-batch") == 0
+    return out
+
+
+def final_only(rows: list[Row]) -> list[Row]:
+    return [row | {"run_id": "", "spec": ""} for row in rows if row["edits_applied"] in (0, BATCHES * SIZE)]
+
+
+def test_scoring_after_every_batch_leaves_the_final_figures(done: Path, every_batch: Path) -> None:
+    assert final_only(records_of(every_batch)) == final_only(records_of(done))
+    for weights, rows in rows_by_weights(every_batch).items():
+        assert [row for row in rows if row["edits_applied"] in (0, BATCHES * SIZE)] == rows_by_weights(done)[
+            weights
+        ]
+
+
+def test_every_batch_is_scored_after_every_later_one(every_batch: Path) -> None:
+    cells: dict[Any, list[tuple[int, str]]] = {}
+    for record in records_of(every_batch):
+        if record["editor"] != "none":
+            key = tuple(record[name] for name in ("editor", "cell", "pruning_ratio", "top_k"))
+            cells.setdefault(key, []).append((record["edits_applied"], record["slice"]))
+    wanted = [
+        (point * SIZE, part)
+        for point in range(1, BATCHES + 1)
+        for part in ["overall", *(f"batch:{k}" for k in range(1, point + 1))]
+    ]
+    assert len(cells) == 2 * 9
+    assert all(found == wanted for found in cells.values())
+
+
+def test_a_run_stopped_after_a_batch_has_its_figures_there(grid: Grid, every_batch: Path) -> None:
+    """The first point is what a run of one batch gives, router corpus and merging included."""
+    out = grid.folder / "one-batch"
+    case_ids = json.loads((every_batch / "run.json").read_text())["provenance"]["negative_ids"]
+    assert len(case_ids) == BATCHES * SIZE
+    assert grid.run(out, *MANY, "--num-batches", "1", "--negatives", str(BATCHES * SIZE)) == 0
+    mine, theirs = (
+        [
+            {k: v for k, v in row.items() if k not in ("route", "route_score", "routes")}
+            for rows in rows_by_weights(folder).values()
+            for row in rows
+            if row["edits_applied"] == SIZE and row["batch"] == 1
+        ]
+        for folder in (every_batch, out)
+    )
+    assert len(mine) == len(theirs) > 0
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            wanted = pytest.approx(other[name], rel=1e-4) if "nll" in name else other[name]
+            assert value == wanted
+
+
+def test_figures_of_every_batch_follow_from_the_cases_alone(every_batch: Path) -> None:
+    cases = read_lines(every_batch / "cases.jsonl.gz")
+    unedited = {(r["case_id"], r["kind"], r["index"]): r for r in cases if r["weights"] == "unedited"}
+    seen = set()
+    for record in records_of(every_batch):
+        if record["cell"] != "+R" or record["slice"] != "overall":
+            continue
+        rows = [
+            row
+            if row["routes"][str(record["top_k"])] == "edited"
+            else unedited[row["case_id"], row["kind"], row["index"]]
+            for row in cases
+            if (row["weights"], row["edits_applied"]) == (record["editor"], record["edits_applied"])
+        ]
+        by_case: dict[Any, list[Row]] = {}
+        for row in rows:
+            by_case.setdefault(row["case_id"], []).append(row)
+        values = {score["metric"]: score["value"] for score in record["scores"]}
+        for metric, value in counterfact_rates(list(by_case.values())).items():
+            assert values[metric] == pytest.approx(value, abs=1e-12)
+        seen.add(record["edits_applied"])
+    assert seen == {SIZE * point for point in range(1, BATCHES + 1)}
+
+
+def test_routes_of_a_point_know_only_its_edits(every_batch: Path) -> None:
+    rows = [
+        r for r in rows_by_weights(every_batch)["memit"] if r["batch"] == 1 and r["kind"] == "neighborhood"
+    ]
+    scores: dict[Any, dict[int, float]] = {}
+    for row in rows:
+        scores.setdefault((row["case_id"], row["index"]), {})[row["edits_applied"]] = row["route_score"]
+    assert all(len(points) == BATCHES for points in scores.values())
+    assert any(len(set(points.values())) > 1 for points in scores.values())
+
+
+def test_a_stopped_run_of_every_batch_goes_on(grid: Grid, every_batch: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(every_batch, tmp_path / "run"))
+    for name in ("cases.jsonl.gz", "records.jsonl", "scores/after-0001/memit+MM.jsonl.gz"):
+        (out / name).unlink()
+    assert grid.run(out, *MANY, "--evaluate", "every-batch") == 0
+    assert_same(out, every_batch)
+
+
 # -- generated texts ----------------------------------------------------------------------------------------
 
 
@@ -1176,6 +1315,11 @@ def test_generated_texts_are_scored_routed_and_kept(grid: Grid, tmp_path: Path) 
         assert scores["consistency"]["n"] < scores["fluency"]["n"]  # one of the two targets has references
     report = (out / "report.md").read_text()
     assert "Fluency" in report and "Consistency" in report
+    fewer = tmp_path / "fewer"
+    assert grid.run(fewer, *more, "--generation-prompts", "1", editors=["memit"]) == 0
+    for name, texts in rows_by_weights(fewer).items():
+        mine = [r for r in texts if r["kind"] == "generation"]
+        assert [r["text"] for r in mine] == [r["text"] for r in rows[name] if r["index"] == 0]
 
 
 def test_generation_is_refused_where_there_is_nothing_to_generate(
@@ -1189,5 +1333,6 @@ def test_generation_is_refused_where_there_is_nothing_to_generate(
     plain = str(write_jsonl(records, "plain.jsonl"))
     assert call(*usual(files, dataset=[plain]), "--generation") == 2
     assert "generation_prompts" in capsys.readouterr().err
-    assert call(*usual(files), "--references", files["texts.jsonl"]) == 2
-    assert "--generation" in capsys.readouterr().err
+    for flag, value in (("--references", files["texts.jsonl"]), ("--generation-prompts", "2")):
+        assert call(*usual(files), flag, value) == 2
+        assert "--generation" in capsys.readouterr().err

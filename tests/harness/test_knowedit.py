@@ -30,7 +30,7 @@ from harness.data import (
     select,
     to_knowedit_case,
 )
-from harness.metrics import FORCED, FORCED_KINDS, forced_scores, forced_shares, route_scores
+from harness.metrics import EXACT, FORCED, FORCED_KINDS, forced_scores, forced_shares, route_scores
 from harness.probes import batch_probes, probe_fields
 from harness.scoring import Prediction, predict
 from harness.spec import resolve
@@ -536,11 +536,12 @@ def scored(rows: list[Row], baseline: list[Row] | None = None, **more: Any) -> d
 def test_shares_equal_the_literal_ones(seed: int) -> None:
     rows = made_up(seed=seed)
     found, wanted = scored(rows), knowedit_rates(rows)
-    assert list(found) == list(FORCED)
+    assert list(found) == [*FORCED, *(f"{name}_exact" for name in EXACT)]
     assert found.keys() == wanted.keys()
     for metric, value in wanted.items():
         assert found[metric].value == pytest.approx(value, abs=1e-12), metric
-        assert found[metric].n == sum(row["kind"] == FORCED[metric][0] for row in rows)
+        kind = FORCED[metric.removesuffix("_exact")][0]
+        assert found[metric].n == sum(row["kind"] == kind for row in rows)
         assert found[metric].protocol == "teacher_forced"
         assert found[metric].low <= found[metric].value <= found[metric].high
 
@@ -550,7 +551,11 @@ def test_a_record_without_a_group_does_not_count_in_it() -> None:
     rows = [base | {"case_id": case_id, "kind": "rewrite"} for case_id in range(4)]
     rows += [base | {"case_id": 2, "kind": "portability_reasoning"}]
     found = scored(rows)
-    assert list(found) == ["rewrite_acc", "portability_reasoning", "portability_reasoning_any"]
+    assert list(found) == [
+        "rewrite_acc", "portability_reasoning", "portability_reasoning_any", "rewrite_acc_exact",
+        "portability_reasoning_exact",
+    ]  # fmt: skip
+    assert found["rewrite_acc_exact"].value == 0
     assert (found["portability_reasoning"].value, found["portability_reasoning"].n) == (0.5, 1)
     assert found["portability_reasoning_any"].value == 1
 

@@ -34,13 +34,16 @@ def made_up(records: int = 12, *, seed: int = 0, better: float = 0.0) -> list[Ro
         for kind, most in (("rewrite", 1), ("paraphrase", 3), ("neighborhood", 5)):
             for index in range(shape.randint(1, most)):
                 new, true = draw.randint(1, 6) - better, float(draw.randint(1, 6))  # whole numbers tie
-                rows.append(
-                    {
-                        "case_id": case_id, "kind": kind, "index": index,
-                        "prompt": f"{record} {kind} {index}", "nll_new": new, "nll_true": true,
-                        "argmax_new": draw.random() < 0.4, "argmax_true": draw.random() < 0.4,
-                    }
-                )  # fmt: skip
+                row: Row = {
+                    "case_id": case_id, "kind": kind, "index": index,
+                    "prompt": f"{record} {kind} {index}", "nll_new": new, "nll_true": true,
+                }  # fmt: skip
+                for which in ("new", "true"):
+                    tokens = draw.randint(1, 3)
+                    right = draw.randint(0, tokens)
+                    row |= {f"tokens_{which}": tokens, f"tokens_right_{which}": right}
+                    row[f"argmax_{which}"] = right == tokens
+                rows.append(row)
     return rows
 
 
@@ -74,7 +77,8 @@ def test_rates_equal_the_literal_ones(seed: int) -> None:
 def one(kind: str, new: float, true: float, *, case: int = 0, hit: bool = False) -> Row:
     return {
         "case_id": case, "kind": kind, "index": 0, "prompt": kind, "nll_new": new, "nll_true": true,
-        "argmax_new": hit, "argmax_true": not hit,
+        "argmax_new": hit, "argmax_true": not hit, "tokens_new": 2, "tokens_true": 4,
+        "tokens_right_new": 2 * hit, "tokens_right_true": 4 - hit,
     }  # fmt: skip
 
 
@@ -91,6 +95,7 @@ def test_a_tie_is_a_failure_of_all_three(new: float, true: float, wanted: tuple[
 def test_argmax_is_of_the_new_target_but_for_neighbours_of_the_true_one(hit: bool) -> None:
     found = values([one(kind, 1, 1, hit=hit) for kind in KINDS])
     assert [found[f"{metric}_argmax"].value for metric in METRICS] == [hit, hit, not hit]
+    assert [found[f"{metric}_overlap"].value for metric in METRICS] == [hit, hit, 1 - hit / 4]
 
 
 def test_means_are_inside_records_first() -> None:
@@ -122,7 +127,7 @@ def test_the_harmonic_mean_of_a_zero_is_zero_without_a_warning() -> None:
 def test_metrics_come_in_the_order_of_the_tables() -> None:
     names = list(values(made_up()))
     assert names[:4] == ["efficacy", "generalization", "locality", "score"]
-    assert names[4:] == [f"{metric}_argmax" for metric in METRICS]
+    assert names[4:] == [f"{metric}_{view}" for view in ("argmax", "overlap") for metric in METRICS]
 
 
 # -- routed cells -------------------------------------------------------------------------------------------

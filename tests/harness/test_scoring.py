@@ -32,7 +32,7 @@ def make_queries(n: int = 4) -> list[Query]:
 
 def expected(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, query: Query) -> Answer:
     new, true = (
-        scoring.Likelihood(found.nll, found.sum_nll, found.argmax)
+        scoring.Likelihood(found.nll, found.sum_nll, len(found.right), sum(found.right))
         for found in (
             reference.likelihood(model, tokenizer, query.prompt, target)
             for target in (query.target_new, query.target_true)
@@ -47,6 +47,7 @@ def assert_equal(found: list[Answer], wanted: list[Answer], tolerance: float) ->
         for mine, theirs in ((one.new, other.new), (one.true, other.true)):
             assert mine.nll == pytest.approx(theirs.nll, rel=tolerance, abs=tolerance)
             assert mine.sum_nll == pytest.approx(theirs.sum_nll, rel=tolerance, abs=tolerance)
+            assert (mine.tokens, mine.tokens_right) == (theirs.tokens, theirs.tokens_right)
             assert mine.argmax is theirs.argmax
 
 

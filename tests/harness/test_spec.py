@@ -257,7 +257,7 @@ CHANGES: dict[str, Any] = {
     "chain": "merged", "pruning_ratio": (0.5,), "top_k": (3,), "encoder": "other", "negatives": 4, "seed": 1,
     "dtype": "bfloat16", "device": "cuda", "evaluate": "x", "merger": "x", "router": "x",
     "settings": {"memit": {"layers": (1,)}}, "capability": ("seqmmr_sst",),
-    "generation": True, "references": "x",
+    "generation": True, "generation_prompts": 2, "references": "x",
 }  # fmt: skip
 
 
