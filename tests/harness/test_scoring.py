@@ -107,6 +107,26 @@ def test_argmax_needs_every_token() -> None:
         assert found.true.argmax is True, which
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_argmax_is_what_greedy_generation_writes(model_type: str) -> None:
+    """Free generation, stopped at the target's length, writes it if and only if all of it is the argmax."""
+    model, tokenizer = tiny_model(model_type, dtype=torch.float64), tiny_tokenizer(bos=True)
+    outcomes = []
+    for prompt in dict.fromkeys(q.prompt for q in make_queries()):
+        ids = torch.tensor([encode(tokenizer, prompt)])
+        written = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, eos_token_id=-1
+        )
+        said = written[0, ids.shape[1] :].tolist()
+        other = (said[0] + said[1] + 1) % 300
+        for target in (said, said[:1], [said[0], other, said[2]], [other, *said[1:]]):
+            found = scoring._score_batch(model, ids.tolist(), [(target, said)])[0]
+            assert found.new.argmax is (target == said[: len(target)])
+            assert found.true.argmax is True
+            outcomes.append(found.new.argmax)
+    assert set(outcomes) == {True, False}
+
+
 def _texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return ["French cello", "Dutch piano", "Latin chess", "the town", "old Rome"]
 
