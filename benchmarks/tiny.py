@@ -1,5 +1,6 @@
 """Tiny random models, a tokenizer trained in place and made-up facts, for tests and smoke benchmarks."""
 
+import hashlib
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -385,3 +386,21 @@ def tiny_texts(n: int, *, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
     words: Sequence[str] = [*_NOISE.split(), *_FIRST, *_LAST, *_TARGETS]
     return [" ".join(draw.choices(words, k=draw.randint(3, 40))) for _ in range(n)]
+
+
+class HashedWords:
+    """A deterministic stand-in for a sentence encoder: every word adds a fixed random direction."""
+
+    identity = "hashed words"
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        vectors = [sum(self.direction(word) for word in text.split()) for text in texts]
+        return torch.nn.functional.normalize(torch.stack(vectors), dim=1)
+
+    @staticmethod
+    def direction(word: str) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")
+        return torch.randn(32, generator=torch.Generator().manual_seed(seed))

@@ -8,16 +8,16 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from harness.lm import AnswerStore
 from harness.models import tensors_digest, weights_digest
 from tasks import TASKS, TASKS_DIR, generated
 
@@ -176,41 +176,6 @@ def _items(name: str, task: Any) -> Iterator[Item]:
         yield Item(
             task=name, case_id=case_id, doc_id=doc_id, prompt=prompts[doc_id], choices=choices, gold=gold
         )
-
-
-class AnswerStore(LM):  # type: ignore[misc]
-    """A model that is asked for each answer once per set of weights.
-
-    weights: identifies the weights as they are when it is called; an answer is kept under it, the method
-    and the arguments, so that weights that change never get answers of others.
-    """
-
-    def __init__(self, inner: LM, weights: Callable[[], str]) -> None:
-        super().__init__()
-        self.inner = inner
-        self._weights = weights
-        self._answers: dict[tuple[str, str, str], Any] = {}
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return self._answered("loglikelihood", requests, disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        return self._answered("loglikelihood_rolling", requests, disable_tqdm)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        return self._answered("generate_until", requests, disable_tqdm)
-
-    def _answered(self, method: str, requests: list[Any], disable_tqdm: bool) -> list[Any]:
-        weights = self._weights()
-        keys = [(weights, method, json.dumps(request.args, sort_keys=True)) for request in requests]
-        missing = {
-            key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers
-        }
-        if missing:
-            ask = getattr(self.inner, method)
-            answers = ask(list(missing.values()), disable_tqdm=disable_tqdm)
-            self._answers |= dict(zip(missing, answers, strict=True))
-        return [self._answers[key] for key in keys]
 
 
 class Evaluator:

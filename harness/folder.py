@@ -20,7 +20,7 @@ from reports.record import SCHEMA_VERSION, Record
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "sentence-transformers")
 SESSION = ("commit", "dirty", "python", "packages", "threads")  # may differ where a run was continued
-FOLDERS = ("deltas", "state", "scores")
+FOLDERS = ("deltas", "state", "scores", "figures")
 FILES = ("run.json", "records.jsonl", "cases.jsonl.gz", "report.md", "report.tex", "report.html")
 
 

@@ -5,6 +5,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from editors import Editor, EditStream, dense
+from editors import EditStream, dense
 from editors.sites import sites_for
 from harness import onednn
 from harness.cells import RecordMaker, Row
 from harness.data import EditCase, KnowEditCase, load_dataset, select
-from harness.deltas import delta_path, read_delta, read_state, state_path, write_delta, write_state
+from harness.deltas import delta_path, read_state, state_path, write_delta, write_state
 from harness.encoders import encoder
 from harness.folder import RunFolder, SpecMismatchError, provenance
 from harness.generation import Consistency, load_references, sample_texts, text_rows
@@ -35,11 +36,10 @@ from harness.models import (
 from harness.paths import cache_folder, read_lines, write_lines_gz
 from harness.probes import batch_probes, probe_fields
 from harness.progress import Display, Stage
+from harness.replay import Replay, Weights, edited_parameters
 from harness.scoring import Answer, Query, score
 from harness.spec import CORPORA, HyperparameterFile, RunSpec
 from harness.stats import Corpus, Covariance, Progress, covariances, load_corpus, read_texts
-from merging import MERGERS
-from merging.chain import shadow_chain
 from reports.record import Record
 from reports.render import write_reports
 from routing import ROUTERS, Decision
@@ -47,7 +47,6 @@ from routing import ROUTERS, Decision
 if TYPE_CHECKING:
     from harness.capability import Evaluator, Suite
 
-Weights = dict[str, Tensor]
 NOT_APPLICABLE = "not applicable"
 OWN_TOKENS = 30_000  # least text sampled for ``self``; docs/statistics.md shows why
 TOKENS_PER_WIDTH = 10  # tokens per dimension of a key below which a report says so
@@ -140,12 +139,6 @@ def _check_layers(spec: RunSpec, config: Any) -> None:
             )
 
 
-def _edited_parameters(loaded: LoadedModel, editors: Sequence[Editor]) -> list[str]:
-    """All parameters that some editor may change, each once, in the order of the editors."""
-    sites = sites_for(loaded.model)
-    return list(dict.fromkeys(name for editor in editors for name in editor.parameters(sites)))
-
-
 def _key_width(loaded: LoadedModel, layer: int) -> int:
     """d_in of the edited weights."""
     sites = sites_for(loaded.model)
@@ -206,11 +199,12 @@ class _Run:
         folder.same("model", model)
         editors = [spec.editor(name) for name in spec.editors]
         self.layers = sorted({layer for editor in editors for layer in editor.statistics()})
-        names = _edited_parameters(loaded, editors)
+        names = edited_parameters(spec, loaded.model)
         edit_in_float32(loaded.model, names)
         packed = onednn.pack_linears(loaded.model, leave=set(names)) if onednn.available() else 0
         folder.info["provenance"]["onednn_layers"] = packed
         self.base: Weights = {n: loaded.model.get_parameter(n).detach().clone() for n in names}
+        self.replay = Replay(folder=folder.path, spec=spec, base=self.base)
         self._covariances: dict[int, Covariance] = {}
         self.notes: list[str] = suite.notes(loaded.tokenizer) if suite else []
         if spec.generation_prompts is not None:
@@ -339,39 +333,25 @@ class _Run:
         elif self.spec.chain == "merged":
             self._edit(editor, name, ratio)
         outcomes: Outcomes = {}
-        for point, after in self._history(editor, ratio):
-            weights = after
-            if ratio is None:
-                weights, notes = self.spec.editor(editor).released(self.base, after)
-                self._measured(editor, **notes)
-            outcomes[point] = self._outcomes(name, weights, point)
-            if point == self.spec.num_batches:
-                self._ability(name, weights)
-        return outcomes
-
-    def _history(self, editor: str, ratio: float | None) -> Iterator[tuple[int, Weights]]:
-        """Every point with the weights after so many batches, from the stored deltas without any forward."""
-        name = weights_id(self.spec, editor, ratio)
-        batches = range(1, self.spec.num_batches + 1)
-        if ratio is None or self.spec.chain == "merged":
-            weights = self.base
-            for batch in batches:
-                weights = self._after(weights, self._delta(name, batch), ratio)
-                if batch in self.points:
-                    yield batch, weights
-            return
-        deltas = (self._delta(editor, batch) for batch in batches)
-        merged = shadow_chain(self._merger(ratio), self.base, deltas)
-        done, seconds = 0, 0.0
+        history, done, seconds = self.replay.history(editor, ratio), 0, 0.0
         for point in self.points:
-            with self.display.stage(f"merge {editor} at {ratio:g}, batch {point}") as stage:
-                for after in islice(merged, point - done):
+            merging = (
+                self.display.stage(f"merge {editor} at {ratio:g}, batch {point}") if ratio else nullcontext()
+            )
+            with merging:
+                start = time.monotonic()
+                for after in islice(history, point - done):
                     weights = after
-                seconds += time.monotonic() - stage.start
-            done = point
-            yield point, weights
-        self.folder.info["timings"][f"merge {name}"] = round(seconds, 3)
-        self.folder.note()
+                done, seconds = point, seconds + time.monotonic() - start
+            shown, notes = self.replay.released(editor, ratio, weights)
+            if notes:
+                self._measured(editor, **notes)
+            outcomes[point] = self._outcomes(name, shown, point)
+        self._ability(name, shown)
+        if ratio is not None:
+            self.folder.info["timings"][f"merge {name}"] = round(seconds, 3)
+            self.folder.note()
+        return outcomes
 
     def _edit(self, editor: str, chain: str, ratio: float | None) -> None:
         """Edit batch after batch from the unedited weights, as far as that is not done; the deltas stay.
@@ -410,7 +390,7 @@ class _Run:
         cases = self.batches[batch - 1]
         before = tensors_digest(weights)
         delta = stream.edit([case.request for case in cases])
-        after = self._after(weights, {name: dense(change) for name, change in delta.items()}, ratio)
+        after = self.replay.after(weights, {name: dense(change) for name, change in delta.items()}, ratio)
         if ratio is not None:
             self._restore(after)
         write_delta(
@@ -436,29 +416,9 @@ class _Run:
             done = settled if settled <= done else 0  # a state beyond the last delta fits none before it
         weights = dict(self.base)
         for batch in range(1, done + 1):
-            delta = self._delta(chain, batch, before=tensors_digest(weights))
-            weights = self._after(weights, delta, ratio)
+            delta = self.replay.delta(chain, batch, before=tensors_digest(weights))
+            weights = self.replay.after(weights, delta, ratio)
         return weights, state if done else {}, done
-
-    def _delta(self, chain: str, batch: int, before: str | None = None) -> dict[str, Tensor]:
-        """A stored change; ValueError if it does not follow on weights of the digest given."""
-        path = delta_path(self.out, chain, batch)
-        delta, metadata = read_delta(path, next(iter(self.base.values())).device)
-        if before is not None and metadata["digest_before"] != before:
-            raise ValueError(f"{path} was made on other weights than those before it; use --fresh")
-        return delta
-
-    def _after(self, weights: Weights, delta: Mapping[str, Tensor], ratio: float | None) -> Weights:
-        """Weights after one batch's change, merged under the merged chain."""
-        delta = {name: change.to(weights[name].device) for name, change in delta.items()}
-        if ratio is None:
-            return weights | {name: weights[name] + change for name, change in delta.items()}
-        merged: Weights = self._merger(ratio).merge({name: weights[name] for name in delta}, [delta])
-        return weights | merged
-
-    def _merger(self, ratio: float) -> Any:
-        config, kind = MERGERS[self.spec.merger]
-        return kind(config(pruning_ratio=ratio))
 
     def _restore(self, weights: Weights) -> None:
         with torch.no_grad():

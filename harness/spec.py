@@ -115,6 +115,17 @@ class RunSpec:
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), sort_keys=True))
         return plain
 
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> "RunSpec":
+        """The inverse of ``as_json``; what run.json has beside the spec's fields is passed over."""
+        fields = {field.name: plain[field.name] for field in dataclasses.fields(cls)}
+        settings = {
+            editor: {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
+            for editor, row in fields.pop("settings").items()
+        }
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+        return cls(**given, settings=settings)
+
     def digest(self) -> str:
         """The run id."""
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]

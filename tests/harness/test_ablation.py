@@ -1,7 +1,6 @@
 """The command: what it refuses before a model is loaded, and the grid from end to end on a tiny model."""
 
 import gzip
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import harness.replay
 import harness.run
 from benchmarks.reference import counterfact_rates, forced_prediction, knowedit_rates
 from benchmarks.tiny import (
+    HashedWords,
     tiny_knowedit_records,
     tiny_model,
     tiny_records,
@@ -32,24 +33,6 @@ from merging import MERGERS
 
 Row = dict[str, Any]
 Write = Callable[..., Path]
-
-
-class HashedWords:
-    """A deterministic stand-in for a sentence encoder: every word adds a fixed random direction."""
-
-    identity = "hashed words"
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        vectors = [sum(self.direction(word) for word in text.split()) for text in texts]
-        return torch.nn.functional.normalize(torch.stack(vectors), dim=1)
-
-    @staticmethod
-    def direction(word: str) -> torch.Tensor:
-        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")
-        return torch.randn(32, generator=torch.Generator().manual_seed(seed))
 
 
 LAYERS = ["memit.layers=1,2", "alphaedit.layers=1,2"]
@@ -942,13 +925,13 @@ def test_a_delta_that_does_not_follow_is_refused(grid: Grid, done: Path, copied:
 def test_likelihoods_that_are_not_finite_are_no_result(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = harness.run.shadow_chain
+    plain = harness.replay.shadow_chain
 
     def broken(*args: Any) -> Iterator[Any]:
         for weights in plain(*args):
             yield {name: value * float("nan") for name, value in weights.items()}
 
-    monkeypatch.setattr(harness.run, "shadow_chain", broken)
+    monkeypatch.setattr(harness.replay, "shadow_chain", broken)
     assert grid.run(tmp_path / "run", "--cells", "baseline", "+MM", editors=["memit"]) == 1
     found = {r["cell"]: r for r in records_of(tmp_path / "run") if r["slice"] == "overall"}
     assert found["baseline"]["scores"]

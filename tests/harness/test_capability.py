@@ -1,6 +1,5 @@
 """General ability: answers are lm-eval's own and never stale, and cells need no forward of their own."""
 
-import hashlib
 import json
 import random
 import shutil
@@ -13,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
 import harness.capability
 import harness.run
-from benchmarks.tiny import tiny_model, tiny_records, tiny_texts, tiny_tokenizer
-from harness.capability import AnswerStore, Evaluator, Suite, load_suite
+from benchmarks.tiny import HashedWords, tiny_model, tiny_records, tiny_texts, tiny_tokenizer
+from harness.capability import Evaluator, Suite, load_suite
 from harness.folder import SpecMismatchError
+from harness.lm import AnswerStore, RoutedLM
 from harness.metrics import resampling_counts, task_scores
 from harness.paths import read_lines
 from harness.run import run_grid
@@ -285,24 +286,6 @@ def test_wrong_names_of_the_flag(given: list[str], reason: str) -> None:
 
 
 # -- the grid -----------------------------------------------------------------------------------------------
-
-
-class HashedWords:
-    """A deterministic stand-in for a sentence encoder: every word adds a fixed random direction."""
-
-    identity = "hashed words"
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        vectors = [sum(self.direction(word) for word in text.split()) for text in texts]
-        return torch.nn.functional.normalize(torch.stack(vectors), dim=1)
-
-    @staticmethod
-    def direction(word: str) -> torch.Tensor:
-        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")
-        return torch.randn(32, generator=torch.Generator().manual_seed(seed))
 
 
 class Grid:
@@ -588,3 +571,79 @@ def test_other_records_are_another_run(grid: Grid, copied: Path, glue_folder: Pa
     path.write_text("\n".join(rows))
     with pytest.raises(SpecMismatchError, match="capability_digest"):
         grid.run(copied, glue=folder)
+
+
+# -- a cell of a run as a model of lm-eval ------------------------------------------------------------------
+
+
+def cell_model(done: Path, **more: Any) -> Any:
+    text = ",".join(f"{name}={value}" for name, value in ({"run": done, "editor": "memit"} | more).items())
+    extra = {"batch_size": 16, "max_batch_size": None, "device": "cpu"}
+    return get_model("seqmmr").create_from_arg_string(text, extra)
+
+
+@pytest.mark.parametrize(
+    ("cell", "top_k"), [("baseline", None), ("+MM", None), ("+R", 3), ("+MM+R", None), ("+MM+R", 3)]
+)
+def test_a_cell_of_a_run_answers_as_the_run_did(
+    done: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch, cell: str, top_k: int | None
+) -> None:
+    monkeypatch.setattr("harness.encoders.encoder", HashedWords)
+    lm = cell_model(done, cell=cell, **({} if top_k is None else {"top_k": top_k}))
+    evaluator = Evaluator(suite, lm.inner.model, lm.inner.tokenizer, changing=[])
+    evaluator.store.inner = lm
+    rows, found = task_rows(done), evaluator.rows()
+    own = [row for n in TWO for row in rows["memit+MM" if "MM" in cell else "memit", f"task:{n}"]]
+    plain = [row for n in TWO for row in rows["unedited", f"task:{n}"]]
+    seen = set()
+    for answer, edited, unedited in zip(found, own, plain, strict=True):
+        route = edited["routes"][str(top_k or 2)] if "R" in cell else "edited"
+        wanted = edited if route == "edited" else unedited
+        assert answer["choice_logprobs"] == pytest.approx(wanted["choice_logprobs"], rel=1e-6, abs=1e-5)
+        seen.add(route)
+    assert seen == ({"edited", "unedited"} if "R" in cell else {"edited"})
+
+
+def test_all_requests_of_a_record_go_one_way() -> None:
+    model = tiny_model("gpt2")
+    weight = "transformer.h.2.mlp.c_proj.weight"
+    edited = {weight: model.get_parameter(weight).detach() + 1}
+
+    class Weights:
+        def loglikelihood(self, requests: list[Instance], disable_tqdm: bool) -> list[Any]:
+            return [
+                (request.args, bool(model.get_parameter(weight).equal(edited[weight])))
+                for request in requests
+            ]
+
+    asked: list[list[str]] = []
+
+    def router(prompts: Sequence[str]) -> list[bool]:
+        asked.append(list(prompts))
+        return [prompt == "yes" for prompt in prompts]
+
+    requests = [
+        Instance("loglikelihood", {}, (context, choice), 0, ("task", doc, 1))
+        for doc, contexts in ((0, ("yes", "")), (1, ("no", "")))
+        for context in contexts
+        for choice in ("a", "b")
+    ]
+    found = RoutedLM(Weights(), model, edited, router).loglikelihood(requests)
+    assert asked == [["yes", "no"]]
+    assert found == [(request.args, request.doc_id == 0) for request in requests]
+    assert not model.get_parameter(weight).equal(edited[weight])
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"editor": "rome"}, "no cell rome"),
+        ({"cell": "+X"}, "no cell memit, \\+X"),
+        ({"top_k": 7}, "top-k: \\[2, 3\\]"),
+        ({"run": "nowhere"}, "'nowhere' cannot be read"),
+        ({"edtor": "memit"}, "unknown model argument 'edtor'"),
+    ],
+)
+def test_a_cell_that_is_not_there_is_refused(done: Path, more: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        cell_model(done, **more)
