@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.arguments import OneLineParser
+from reports.document import build_reports
 from reports.load import load_run, newest_run
-from reports.render import RENDERERS, write_text
-from reports.tables import build_report
+from reports.render import RENDERERS, write_report
 
 RUNS = Path("runs")
 
@@ -19,20 +20,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     try:
         folders = args.runs or [newest_run(RUNS)]
-        reports = [build_report(load_run(folder), paper=args.paper, digits=args.digits) for folder in folders]
-        text = RENDERERS[args.format](reports)
+        reports = build_reports(
+            [load_run(folder) for folder in folders],
+            paper=args.paper,
+            digits=args.digits,
+            figures=args.figures,
+            cases=args.cases and args.format == "html",
+        )
         if args.out is not None:
-            write_text(args.out, text)
+            write_report(args.out, reports, args.format)
+            return 0
+        text = RENDERERS[args.format](reports, None)
     except (OSError, ValueError) as error:
-        print(f"harness.report: {error}", file=sys.stderr)
+        print(f"harness.report: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if args.out is None:
-        print(text, end="")
+    print(text, end="")
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m harness.report", description="Tables from run folders.")
+    parser = OneLineParser(
+        prog="python -m harness.report",
+        description="Tables and figures from run folders: all runs in the paper's layout, then run by run.",
+    )
     parser.add_argument(
         "runs", metavar="RUN", nargs="*", type=Path, help="run folders; default: the newest in runs/"
     )
@@ -41,10 +51,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="PATH", help="file to write; default: the terminal")
     parser.add_argument(
-        "--paper", action="store_true", help="add the published figures where they correspond"
+        "--paper", action="store_true", help="say of every published figure whether ours agrees with it"
     )
     parser.add_argument(
         "--digits", type=int, choices=range(5), default=1, help="decimals; default: %(default)s"
+    )
+    parser.add_argument(
+        "--figures",
+        action=argparse.BooleanOptionalAction,
+        help="with figures, where there is a file or a page to put them; default: if matplotlib is installed",
+    )
+    parser.add_argument(
+        "--no-cases", dest="cases", action="store_false", help="leave the scored prompts out of HTML"
     )
     return parser.parse_args(argv)
 

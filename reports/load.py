@@ -35,6 +35,19 @@ class Run:
         """What the run was made of, as `run.json` says."""
         return self._part("provenance")
 
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @property
+    def edits(self) -> int:
+        """The edits of the whole run, as the spec says; without a spec those applied."""
+        batch_size, batches = self.spec.get("batch_size"), self.spec.get("num_batches")
+        if isinstance(batch_size, int) and isinstance(batches, int):
+            return batch_size * batches
+        return max(record.edits_applied for record in self.records)
+
     def _part(self, name: str) -> dict[str, Any]:
         part = self.info.get(name)
         return part if isinstance(part, dict) else {}

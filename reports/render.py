@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from html import escape as html_escape
 from pathlib import Path
+from urllib.parse import quote
 
 from tabulate import tabulate
 
+from reports.cells import Cell, Table
+from reports.document import build_reports
+from reports.figures import Figure, to_svg, write_figures
 from reports.load import load_run
-from reports.tables import Cell, Report, Table, build_report
+from reports.tables import Report
 
 SUFFIXES = {"markdown": "md", "latex": "tex", "html": "html"}
+LONGEST = 40  # rows of a table on a page
 
 
 def write_reports(run_folder: Path) -> None:
-    """Write report.md, report.tex and report.html into a run folder, each in one step."""
-    report = build_report(load_run(run_folder))
+    """Write report.md, report.tex and report.html into a run folder, and the figures into figures/."""
+    reports = build_reports([load_run(run_folder)], cases=True)
+    _write_figures(reports, run_folder / "figures")
     for name, render in RENDERERS.items():
-        write_text(run_folder / f"report.{SUFFIXES[name]}", render([report]))
+        write_text(run_folder / f"report.{SUFFIXES[name]}", render(reports, "figures"))
+
+
+def write_report(path: Path, reports: Sequence[Report], form: str) -> None:
+    """Write a report in one of the formats; what it includes is put into STEM-figures beside it."""
+    folder = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem) + "-figures"
+    if form != "html":
+        _write_figures(reports, path.parent / folder)
+    write_text(path, RENDERERS[form](reports, folder))
+
+
+def _write_figures(reports: Sequence[Report], folder: Path) -> None:
+    for report in reports:
+        if report.figures:
+            write_figures(report.figures, folder / report.folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,12 +58,12 @@ def write_text(path: Path, text: str) -> None:
 # Markdown
 
 
-def to_markdown(reports: Sequence[Report]) -> str:
-    """Pipe tables, as GitHub shows them."""
-    return "\n".join(_markdown_report(report) for report in reports)
+def to_markdown(reports: Sequence[Report], figures: str | None = None) -> str:
+    """Pipe tables, as GitHub shows them. figures: where they lie; None: they are only named."""
+    return "\n".join(_markdown_report(report, figures) for report in reports)
 
 
-def _markdown_report(report: Report) -> str:
+def _markdown_report(report: Report, figures: str | None) -> str:
     parts = [f"# {_md(report.title)}", "\n".join(f"- {what}: {_md(value)}" for what, value in report.facts)]
     parts += [f"> {_md(warning)}" for warning in report.warnings]
     for table in report.tables:
@@ -56,6 +77,12 @@ def _markdown_report(report: Report) -> str:
         )
         parts += [f"## {_md(table.title)}", text]
         parts += ["\n".join(f"- {_md(note)}" for note in table.notes)] if table.notes else []
+    if figures is None:
+        parts += [_md(line) for line in _named(report)]
+    else:
+        for figure in report.figures:
+            path = quote(_place(figure, report, figures, "svg"))
+            parts += [f"## {_md(figure.title)}", f"![{_md(figure.title)}]({path})", _md(figure.caption)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -84,7 +111,12 @@ _LATEX_HEAD = r"""\documentclass{article}
 \setlength{\parindent}{0pt}
 \setlength{\tabcolsep}{4pt}
 \sloppy
-% A table wider than the text is scaled down to it.
+\extrafloats{200}
+\makeatletter  % titles have the paper's numbers where they have any
+\renewcommand{\@makecaption}[2]{\vskip\abovecaptionskip{\sbox\@tempboxa{#2}%
+  \ifdim\wd\@tempboxa>\hsize\raggedright\else\centering\fi#2\par}\vskip\belowcaptionskip}
+\makeatother
+% What is wider than the text is scaled down to it.
 \newsavebox{\tablebox}
 \newenvironment{fittable}{\begin{lrbox}{\tablebox}}{\end{lrbox}%
   \ifdim\wd\tablebox>\textwidth\resizebox{\textwidth}{!}{\usebox{\tablebox}}\else\usebox{\tablebox}\fi}
@@ -117,9 +149,9 @@ _LATEX_NAMES = {
 }
 
 
-def to_latex(reports: Sequence[Report]) -> str:
-    """A complete document with booktabs tables."""
-    body = "\n\\clearpage\n".join(_latex_report(report) for report in reports)
+def to_latex(reports: Sequence[Report], figures: str | None = None) -> str:
+    """A complete document with booktabs tables. figures: where they lie; None: they are only named."""
+    body = "\n\\clearpage\n".join(_latex_report(report, figures) for report in reports)
     return f"{_LATEX_HEAD}{body}\\end{{document}}\n"
 
 
@@ -135,7 +167,7 @@ def _latex_character(character: str) -> str:
     return character if known else rf"\texttt{{U+{ord(character):04X}}}"
 
 
-def _latex_report(report: Report) -> str:
+def _latex_report(report: Report, figures: str | None) -> str:
     parts = [rf"\section*{{{latex_escape(report.title)}}}"]
     facts = [
         rf"\textbf{{{latex_escape(what)}:}} {latex_escape(value.rstrip('.'))}."
@@ -143,8 +175,37 @@ def _latex_report(report: Report) -> str:
     ]
     parts += ["\n".join(facts)]
     parts += [rf"\par\smallskip\textit{{{latex_escape(warning)}}}" for warning in report.warnings]
-    parts += [_latex_table(table) for table in report.tables]
+    parts += [_latex_table(page) for table in report.tables for page in _pages(table)]
+    if figures is None:
+        parts += [latex_escape(line) for line in _named(report)]
+    else:
+        parts += [_latex_figure(f, _place(f, report, figures, "pdf")) for f in report.figures]
     return "\n\n".join(parts) + "\n"
+
+
+def _pages(table: Table) -> Iterator[Table]:
+    """The table in parts that fit on a page; the notes stand under the last."""
+    for start in range(0, max(len(table.rows), 1), LONGEST):
+        end = start + LONGEST
+        yield replace(
+            table,
+            title=f"{table.title} (continued)" if start else table.title,
+            rows=table.rows[start:end],
+            notes=table.notes if end >= len(table.rows) else (),
+            groups=tuple(index - start for index in table.groups if start < index < end),
+        )
+
+
+def _latex_figure(figure: Figure, path: str) -> str:
+    return "\n".join(
+        (
+            r"\begin{figure}[!htbp]",
+            r"\centering",
+            rf"\begin{{fittable}}\includegraphics{{{path}}}\end{{fittable}}\par",
+            rf"\caption{{{latex_escape(figure.title)}. {latex_escape(figure.caption)}}}",
+            r"\end{figure}",
+        )
+    )
 
 
 def _latex_table(table: Table) -> str:
@@ -198,9 +259,10 @@ _HTML_HEAD = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --quiet: #667; --rule: #d5d8de; --strong: #23262d; --back: #fff;
-  --warn: #fff6df; }}
+  --warn: #fff6df; --link: #0b5cad; }}
 @media (prefers-color-scheme: dark) {{
-  :root {{ --quiet: #9aa0ad; --rule: #3a3f4a; --strong: #e6e8ec; --back: #16181d; --warn: #3a3215; }}
+  :root {{ --quiet: #9aa0ad; --rule: #3a3f4a; --strong: #e6e8ec; --back: #16181d; --warn: #3a3215;
+    --link: #8ab8ff; }}
 }}
 body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--strong); background: var(--back);
   max-width: 76rem; margin: 2.5rem auto; padding: 0 1.5rem; }}
@@ -220,14 +282,21 @@ tr.group td {{ border-top: 1px solid var(--rule); }}
 small {{ color: var(--quiet); }}
 ul {{ color: var(--quiet); font-size: .87rem; padding-left: 1.1rem; margin: .6rem 0; max-width: 60rem; }}
 u {{ text-underline-offset: .2em; }}
+td a {{ color: var(--link); text-decoration: none; }}
+td a:hover, td a:focus {{ text-decoration: underline; }}
+h1 + dl {{ margin-bottom: 1rem; }}
+h1:not(:first-of-type) {{ margin-top: 4rem; }}
+figure {{ margin: 0; max-width: 60rem; overflow-x: auto; }}
+figure svg {{ max-width: 100%; height: auto; background: #fff; }}
+figcaption {{ color: var(--quiet); font-size: .87rem; }}
 </style>
 </head>
 <body>
 """
 
 
-def to_html(reports: Sequence[Report]) -> str:
-    """One page that needs nothing else."""
+def to_html(reports: Sequence[Report], figures: str | None = None) -> str:
+    """One page that needs nothing else; the figures are in it, wherever else they lie."""
     title = ", ".join(report.title for report in reports)
     body = "\n".join(_html_report(report) for report in reports)
     return f"{_HTML_HEAD.format(title=html_escape(title))}{body}\n</body>\n</html>\n"
@@ -237,7 +306,13 @@ def _html_report(report: Report) -> str:
     parts = [f"<h1>{html_escape(report.title)}</h1>", "<dl>"]
     parts += [f"<dt>{html_escape(what)}</dt><dd>{html_escape(value)}</dd>" for what, value in report.facts]
     parts += ["</dl>", *(f'<p class="warning">{html_escape(warning)}</p>' for warning in report.warnings)]
-    return "\n".join([*parts, *map(_html_table, report.tables)])
+    parts += [*map(_html_table, report.tables), *map(_html_figure, report.figures)]
+    return "\n".join([*parts, report.cases] if report.cases else parts)
+
+
+def _html_figure(figure: Figure) -> str:
+    title, caption = html_escape(figure.title), html_escape(figure.caption)
+    return f"<h2>{title}</h2>\n<figure>\n{to_svg(figure)}\n<figcaption>{caption}</figcaption>\n</figure>"
 
 
 def _html_table(table: Table) -> str:
@@ -261,7 +336,8 @@ def _html_table(table: Table) -> str:
 
 def _html_cell(cell: Cell) -> str:
     wrap = {"": "{}", "best": "<strong>{}</strong>", "second": "<u>{}</u>"}[cell.mark]
-    parts = [wrap.format(html_escape(cell.text))]
+    text = wrap.format(html_escape(cell.text))
+    parts = [f'<a href="{html_escape(cell.link)}">{text}</a>' if cell.link else text]
     if cell.interval:
         parts.append(f"<small>[{html_escape(cell.interval)}]</small>")
     if cell.difference:
@@ -270,6 +346,20 @@ def _html_cell(cell: Cell) -> str:
 
 
 # Shared
+
+
+def _place(figure: Figure, report: Report, folder: str, suffix: str) -> str:
+    """The path of a figure's file, from the document's folder."""
+    return "/".join(part for part in (folder, report.folder, f"{figure.name}.{suffix}") if part)
+
+
+def _named(report: Report) -> list[str]:
+    """A line with the figures that are not shown."""
+    if not report.figures:
+        return []
+    return [
+        f"Figures, drawn where the report is written to a file: {'; '.join(f.title for f in report.figures)}."
+    ]
 
 
 def _joined(text: str, cell: Cell) -> str:
@@ -288,7 +378,7 @@ def _alignment(table: Table) -> list[str]:
     ]
 
 
-RENDERERS: dict[str, Callable[[Sequence[Report]], str]] = {
+RENDERERS: dict[str, Callable[[Sequence[Report], str | None], str]] = {
     "markdown": to_markdown,
     "latex": to_latex,
     "html": to_html,

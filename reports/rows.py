@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reports.load import Run
@@ -25,6 +25,7 @@ class Row:
     chain: str | None = None
     label: str = ""  # the cell, and what tells it from its siblings
     records: tuple[Record, ...] = ()
+    source: str = ""  # id of the run whose cases a page shows; empty where it shows none
 
     @property
     def is_unedited(self) -> bool:
@@ -43,6 +44,11 @@ class Row:
             return written[-1]
         return max((r for r in written if r.error is None), key=lambda record: record.edits_applied)
 
+    def after(self, slice_: str, edits: int) -> Record | None:
+        """The record of a slice after so many edits; None where it was not scored then, or failed."""
+        found = [r for r in self.records if (r.slice, r.edits_applied) == (slice_, edits) and r.error is None]
+        return found[-1] if found else None
+
     def errors(self) -> Iterator[str]:
         """The distinct error texts that stand, in the order written."""
         slices = dict.fromkeys(record.slice for record in self.records)
@@ -58,43 +64,38 @@ def rows_of(run: Run) -> tuple[Row, ...]:
     for record in run.records:
         key = (record.editor, record.cell, *(getattr(record, name) for name in SETTINGS))
         groups.setdefault(key, []).append(record)
-    shown = _names_shown(run.records)
-    rows = []
-    for (editor, cell, *values), records in groups.items():
-        setting = dict(zip(SETTINGS, values, strict=True))
-        rows.append(
-            Row(
-                editor=editor,
-                cell=cell,
-                label=_label(cell, setting, shown),
-                records=tuple(records),
-                **setting,
-            )
-        )
+    rows = [
+        Row(editor=editor, cell=cell, records=tuple(records), **dict(zip(SETTINGS, values, strict=True)))
+        for (editor, cell, *values), records in groups.items()
+    ]
     known = {(row.editor, row.cell) for row in rows}
-    rows += [Row(editor=e, cell=c, label=c) for e, c in _announced(run) if (e, c) not in known]
+    rows += [Row(editor=e, cell=c) for e, c in _announced(run) if (e, c) not in known]
     editors = _in_order(_spec_list(run, "editors"), (row.editor for row in rows))
     cells = _in_order(("unedited", *CELLS), (row.cell for row in rows))
-    return tuple(
-        sorted(rows, key=lambda row: (not row.is_unedited, editors.index(row.editor), cells.index(row.cell)))
-    )
+    rows.sort(key=lambda row: (not row.is_unedited, editors.index(row.editor), cells.index(row.cell)))
+    return tuple(replace(row, label=label) for row, label in zip(rows, labels_of(rows), strict=True))
+
+
+def labels_of(rows: Sequence[Row]) -> list[str]:
+    """Each row's cell, with the settings of which these rows hold several values."""
+    seen = {name: {getattr(row, name) for row in rows} - {None} for name in SETTINGS}
+    shown = [name for name, values in seen.items() if len(values) > 1]
+    labels = []
+    for row in rows:
+        parts = [f"{SETTINGS[name]}={getattr(row, name)}" for name in shown if getattr(row, name) is not None]
+        labels.append(f"{row.cell} ({', '.join(parts)})" if parts else row.cell)
+    return labels
+
+
+def metrics_of(rows: Iterable[Row]) -> set[str]:
+    """The metrics that some record has."""
+    return {score.metric for row in rows for record in row.records for score in record.scores}
 
 
 def baseline_of(row: Row, rows: Iterable[Row]) -> Row | None:
     """The baseline row of the same editor, of the same chain where there are several."""
     found = [other for other in rows if other.editor == row.editor and other.cell == "baseline"]
     return next((other for other in found if other.chain == row.chain), found[0] if found else None)
-
-
-def _names_shown(records: Iterable[Record]) -> list[str]:
-    """The settings of which the run holds several values."""
-    seen = {name: {getattr(record, name) for record in records} - {None} for name in SETTINGS}
-    return [name for name, values in seen.items() if len(values) > 1]
-
-
-def _label(cell: str, setting: dict[str, Any], shown: list[str]) -> str:
-    parts = [f"{SETTINGS[name]}={setting[name]}" for name in shown if setting[name] is not None]
-    return f"{cell} ({', '.join(parts)})" if parts else cell
 
 
 def _announced(run: Run) -> Iterator[tuple[str, str]]:

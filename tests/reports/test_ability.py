@@ -88,7 +88,7 @@ def test_the_report_shows_them_in_every_format(run: Run) -> None:
     assert ("General tasks", "seqmmr_sst, towns") in report.facts
     assert "+MM: RuntimeError: out of memory" in " ".join(report.tables[0].notes)
     for render in RENDERERS.values():
-        text = render([report])
+        text = render([report], None)
         assert "General ability" in text
         assert "46.0, 53.0" in text
         assert "SST" in text

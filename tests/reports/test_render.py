@@ -9,9 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reports.cells import Cell, Table
+from reports.document import build_reports
+from reports.figures import Figure, available
 from reports.load import load_run
-from reports.render import latex_escape, to_html, to_latex, to_markdown, write_reports, write_text
-from reports.tables import Cell, Report, Table, build_report
+from reports.render import (
+    LONGEST,
+    latex_escape,
+    to_html,
+    to_latex,
+    to_markdown,
+    write_report,
+    write_reports,
+    write_text,
+)
+from reports.tables import Report
 
 TABLE = Table(
     title="Results & more",
@@ -105,6 +117,76 @@ def test_several_runs_stand_one_after_the_other():
     assert to_html([REPORT, REPORT]).count("<h1>") == 2
 
 
+def test_only_a_page_has_links():
+    row = (Cell(text="84.1", mark="best", link="#cases?a=1&b=<"),)
+    report = Report(
+        title="r",
+        facts=(),
+        warnings=(),
+        tables=(Table(title="t", headers=("Score",), rows=(row,)),),
+        cases="<section>cases</section>",
+    )
+    page = to_html([report])
+    assert '<a href="#cases?a=1&amp;b=&lt;"><strong>84.1</strong></a>' in page
+    assert page.index("</table>") < page.index("<section>cases</section>")
+    for text in (to_markdown([report]), to_latex([report])):
+        assert "cases" not in text
+
+
+def test_a_long_table_goes_on_on_the_next_page():
+    rows = tuple((Cell(text=f"{i}"), Cell(text="x")) for i in range(LONGEST + 5))
+    groups = (1, LONGEST, LONGEST + 2)
+    table = Table(title="Long", headers=("a", "b"), rows=rows, notes=("A note.",), groups=groups)
+    report = Report(title="r", facts=(), warnings=(), tables=(table,))
+    first, second = to_latex([report]).split(r"\begin{table}")[1:]
+    assert r"\caption{Long}" in first and r"\caption{Long (continued)}" in second
+    assert (first.count(" & x"), second.count(" & x")) == (LONGEST, 5)
+    assert "A note." not in first and "A note." in second
+    assert (first.count("addlinespace"), second.count("addlinespace")) == (1, 1)
+    assert to_markdown([report]).count("| x ") == LONGEST + 5
+
+
+@pytest.fixture
+def drawn():
+    """A report with a figure, of a run that shares a document with others."""
+    pytest.importorskip("matplotlib")
+
+    def draw():
+        from matplotlib.figure import Figure as Drawing
+
+        drawing = Drawing(figsize=(2, 1))
+        drawing.subplots().plot([0, 1], [1, 0])
+        return drawing
+
+    figure = Figure(name="decline", title="A decline, 100%", caption="It falls by a_b.", draw=draw)
+    return Report(title="r", facts=(), warnings=(), tables=(), figures=(figure,), folder="run-2")
+
+
+def test_figures_are_only_named_in_the_terminal(drawn):
+    line = "Figures, drawn where the report is written to a file: A decline, 100%."
+    assert line in to_markdown([drawn])
+    assert line.replace("%", r"\%") in to_latex([drawn])
+
+
+def test_figures_lie_beside_the_file_that_shows_them(drawn, tmp_path):
+    out = tmp_path / "my report.md"
+    write_report(out, [drawn], "markdown")
+    text = out.read_text()
+    assert "![A decline, 100%](my-report-figures/run-2/decline.svg)" in text and "It falls by a_b." in text
+    assert (tmp_path / "my-report-figures" / "run-2" / "decline.svg").is_file()
+    write_report(tmp_path / "r.tex", [drawn], "latex")
+    text = (tmp_path / "r.tex").read_text()
+    assert r"\includegraphics{r-figures/run-2/decline.pdf}" in text and r"It falls by a\_b." in text
+    assert (tmp_path / "r-figures" / "run-2" / "decline.pdf").is_file()
+
+
+def test_a_page_has_its_figures_in_it(drawn, tmp_path):
+    write_report(tmp_path / "r.html", [drawn], "html")
+    page = (tmp_path / "r.html").read_text()
+    assert "<svg" in page and "<figcaption>It falls by a_b.</figcaption>" in page
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
 def test_bare_numbers_stand_to_the_right():
     table = Table(title="t", headers=("Editor", "Edit (s)"), rows=((Cell(text="FT"), Cell(text="1.25")),))
     report = Report(title="r", facts=(), warnings=(), tables=(table,))
@@ -183,14 +265,17 @@ def test_html_says_what_the_cell_says(text):
 def test_write_reports(ablation, write_run):
     folder = write_run(ablation)
     write_reports(folder)
-    before = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("report.*")}
-    assert sorted(before) == ["report.html", "report.md", "report.tex"]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"run.json", "records.jsonl", "report.html", "report.md", "report.tex"} | (
+        {"figures"} if available() else set()
+    )
     write_reports(folder)
-    assert {
-        path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.name in before
-    } == before
-    assert len(list(folder.iterdir())) == 5
-    assert before["report.md"] == to_markdown([build_report(load_run(folder))])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert text == to_markdown(build_reports([load_run(folder)]), "figures")
+    linked = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert len(linked) == text.count("![") and all((folder / path).is_file() for path in linked)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -208,7 +293,7 @@ def test_report_tex_compiles(ablation, record, write_run):
     source = (folder / "report.tex").read_text(encoding="utf-8")
     begun, ended = (re.findall(rf"\\{word}{{(\w+)}}", source) for word in ("begin", "end"))
     assert sorted(begun) == sorted(ended)
-    assert source.count(r"\begin{tabular}") == source.count(r"\bottomrule") == source.count(r"\toprule") == 6
+    assert source.count(r"\begin{tabular}") == source.count(r"\bottomrule") == source.count(r"\toprule") == 7
     if compiler := shutil.which("pdflatex"):
         command = [compiler, "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
         done = subprocess.run(command, cwd=folder, capture_output=True, check=False)

@@ -6,17 +6,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reports.cells import Cell
+from reports.notes import describe
 from reports.rows import rows_of
 from reports.tables import (
-    Cell,
     any_answer_tables,
     build_report,
     cost_tables,
-    describe,
     differences_tables,
+    forgetting_tables,
     main_table,
     modules_tables,
     routing_tables,
+    views_tables,
 )
 
 together = settings(
@@ -207,15 +209,70 @@ def test_costs(record, make_run):
     assert cost_tables(make_run([record(value=0.5)], name="none")) == []
 
 
-def test_paper_columns(record, make_run):
-    fields = {"model": "llama3-8b-instruct", "dataset": "counterfact", "edits_applied": 2000}
-    records = [record("memit", cell, 0.8, **fields) for cell in ("baseline", "+MM")]
-    info = {"spec": {"batch_size": 200, "num_batches": 10}, "per_editor": {"memit": {}}}
-    main, modules, cost = build_report(make_run(records, **info), paper=True).tables
-    assert [row[-1].text for row in main.rows] == ["78.37 / 89.35 / 87.20 / 64.02", "81.42 / – / – / –"]
-    assert modules.headers == ("Batch", "baseline", "baseline, paper", "+MM", "+MM, paper")
-    assert [cell.text for cell in modules.rows[0]] == ["Overall", "80.0", "78.37", "80.0", "81.42"]
-    assert cost.rows[0][-1].text == "7.143 / 0.590 / 40.880"
+def test_other_views_stand_beside_the_leading_one(record, score, make_run):
+    values = {"efficacy": 0.9, "efficacy_argmax": 0.5, "efficacy_overlap": 0.6, "locality": 0.7}
+    scores = tuple(score(name, value) for name, value in values.items())
+    failed = record("memit", "+MM", error="broken")
+    (table,) = views_tables(rows_of(make_run([record(scores=scores), failed])))
+    assert table.headers == ("Editor", "Cell", "Efficacy", "exact", "overlap")
+    assert [cell.text for cell in table.rows[0]] == ["MEMIT", "baseline", "90.0", "50.0", "60.0"]
+    assert [cell.text for cell in table.rows[1][2:]] == ["failed"] * 3
+    assert views_tables(rows_of(make_run([record(value=0.5)], name="plain"))) == []
+
+
+def test_knowedits_other_view_is_the_exact_answer(record, score, make_run):
+    scores = (score("rewrite_acc", 0.9), score("rewrite_acc_exact", 0.4), score("relation_specificity", 0.7))
+    (table,) = views_tables(rows_of(make_run([record(scores=scores)])))
+    assert table.headers == ("Editor", "Cell", "Rewrite", "exact")
+    assert [cell.text for cell in table.rows[0][2:]] == ["90.0", "40.0"]
+
+
+@pytest.fixture
+def every_batch(record):
+    """Records after each of three batches: batch b scores what `at` says, so does everything together."""
+
+    def make(at, editor="memit", cell="baseline", without=()):
+        records = []
+        for t in (1, 2, 3):
+            records.append(record(editor, cell, 0.5, edits_applied=20 * t))
+            for b in range(1, t + 1):
+                if (b, t) not in without:
+                    records.append(record(editor, cell, at[b, t], slice=f"batch:{b}", edits_applied=20 * t))
+        return records
+
+    return make
+
+
+LOSING = {(1, 1): 0.9, (1, 2): 0.1, (1, 3): 0.5, (2, 2): 0.8, (2, 3): 0.7, (3, 3): 0.2}
+
+
+def test_forgetting_is_the_mean_loss_of_the_batches_before_the_last(every_batch, record, make_run):
+    records = [*every_batch(LOSING), record("memit", "+R", error="broken")]
+    (table,) = forgetting_tables(rows_of(make_run(records)))
+    assert table.headers[2:] == ("Score", "Efficacy", "Generalization", "Locality")
+    # batch 1 loses 40 points, batch 2 loses 10; the last has nothing after it
+    assert [[cell.text for cell in row[2:]] for row in table.rows] == [["+25.0"] * 4, ["failed"] * 4]
+
+
+def test_forgetting_of_a_batch_that_was_not_scored_is_a_dash(every_batch, make_run):
+    (table,) = forgetting_tables(rows_of(make_run(every_batch(LOSING, without={(2, 2)}))))
+    assert [cell.text for cell in table.rows[0][2:]] == ["–"] * 4
+
+
+def test_no_forgetting_where_only_the_end_was_scored(ablation, make_run):
+    assert forgetting_tables(rows_of(make_run(ablation))) == []
+
+
+def test_the_short_report_has_results_batches_routing_and_cost(ablation, make_run):
+    cost = {"memit": {"edit_seconds_per_edit": 1.0}}
+    titles = [table.title for table in build_report(make_run(ablation, per_editor=cost)).tables]
+    assert titles == [
+        "Results in percent",
+        "MEMIT: Score per batch, in percent",
+        "AlphaEdit: Score per batch, in percent",
+        "Prompts that the router sends to the edited model, in percent",
+        "Cost per editor",
+    ]
 
 
 def test_facts_of_a_full_spec(record, make_run):
