@@ -47,9 +47,12 @@ def ablation(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests; offline after the install."""
+    """All tests, file by file on up to four processes of one thread; offline after the install."""
     install(session, "test")
-    session.run("python", "-m", "pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run(
+        "python", "-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile",
+        *session.posargs, env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 @nox.session

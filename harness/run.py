@@ -209,7 +209,7 @@ class _Run:
         self.notes: list[str] = suite.notes(loaded.tokenizer) if suite else []
         if spec.generation_prompts is not None:
             self.notes.append(
-                f"Texts are of the first {spec.generation_prompts} generation prompts of a record at most."
+                f"Texts are sampled for {spec.generation_prompts} of a record's generation prompts at most."
             )
         if spec.generation and spec.references is None:
             self.notes.append("Consistency is not available: no reference texts were given (--references).")

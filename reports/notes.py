@@ -38,10 +38,21 @@ def describe(run: Run) -> list[tuple[str, str]]:
         ),
         "General tasks": _listed(*(spec.get("capability") or ())),
         "Device": _listed(spec.get("device"), spec.get("dtype")),
+        "Digests": _listed(
+            f"run {first.run_id[:12]}",
+            _short("model", provenance.get("model")),
+            _short("dataset", provenance.get("dataset")),
+        ),
         "Commit": _listed(commit[:12] if isinstance(commit, str) else None, dirty if commit else None),
         "Status": text_of(run.info.get("status")) if run.info.get("status") != "complete" else MISSING,
     }
     return [(what, value) for what, value in facts.items() if value != MISSING]
+
+
+def _short(name: str, part: object) -> str | None:
+    """The beginning of a digest that the provenance has of something."""
+    digest = part.get("digest") if isinstance(part, dict) else None
+    return f"{name} {digest[:12]}" if isinstance(digest, str) else None
 
 
 def warnings_of(run: Run) -> list[str]:

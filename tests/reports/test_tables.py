@@ -292,7 +292,8 @@ def test_facts_of_a_full_spec(record, make_run):
         "dtype": "float32",
         "device": "cpu",
     }
-    info = {"spec": spec, "provenance": {"commit": "0123456789abcdef", "dirty": True}, "status": "running"}
+    provenance = {"commit": "0123456789abcdef", "dirty": True, "model": {"digest": "fedcba9876543210"}}
+    info = {"spec": spec, "provenance": provenance, "status": "running"}
     run = make_run(
         [record(value=0.5)], model_note="dequantised from a 4-bit file", notes=["Few negatives."], **info
     )
@@ -305,6 +306,7 @@ def test_facts_of_a_full_spec(record, make_run):
         "Router": "topk, top-k 2, encoder minilm, negatives 100",
         "Statistics": "self, at most 30,000 tokens",
         "Device": "cpu, float32",
+        "Digests": "run run, model fedcba987654",
         "Commit": "0123456789ab, with uncommitted changes",
         "Status": "running",
     }
@@ -313,7 +315,8 @@ def test_facts_of_a_full_spec(record, make_run):
 
 def test_facts_of_an_empty_run_file(record, make_run):
     facts = describe(make_run([record(value=0.5)]))
-    assert facts == [("Model", "smollm2-135m"), ("Dataset", "facts"), ("Edits", "100"), ("Seed", "0")]
+    wanted = {"Model": "smollm2-135m", "Dataset": "facts", "Edits": "100", "Seed": "0", "Digests": "run run"}
+    assert dict(facts) == wanted
 
 
 @pytest.mark.parametrize("digits", [0, 2])
