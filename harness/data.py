@@ -97,6 +97,24 @@ class KnowEditCase(EditCase):
         return self.neighborhood_prompts
 
 
+def prompt_rows(
+    batches: Sequence[Sequence[EditCase]], prompts: Callable[[EditCase], Mapping[str, Sequence[str]]]
+) -> Iterator[tuple[dict[str, Any], EditCase]]:
+    """What names every prompt in ``cases.jsonl.gz``, with its record, batch by batch.
+
+    prompts: of a record, by kind.
+    """
+    for number, batch in enumerate(batches, start=1):
+        for case in batch:
+            for kind, texts in prompts(case).items():
+                for index, prompt in enumerate(texts):
+                    row = {
+                        "case_id": case.case_id, "batch": number, "kind": kind, "index": index,
+                        "prompt": prompt,
+                    }  # fmt: skip
+                    yield row, case
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """All usable records of a source, with what identifies it."""

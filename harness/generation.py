@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from editors.capture import head_logits
 from editors.sites import device_of
 from editors.tokens import encode
-from harness.data import EditCase
+from harness.data import EditCase, prompt_rows
 from harness.paths import read_lines
 
 TEXT_TOKENS = 100  # of a text, its prompt included
@@ -183,16 +183,8 @@ def text_rows(batches: Sequence[Sequence[EditCase]], most: int | None = None) ->
 
     most: prompts of a record, its first ones; None: all.
     """
-    for number, batch in enumerate(batches, start=1):
-        for case in batch:
-            for index, prompt in enumerate(case.generation_prompts[:most]):
-                yield {
-                    "case_id": case.case_id,
-                    "batch": number,
-                    "kind": "generation",
-                    "index": index,
-                    "prompt": prompt,
-                }
+    for row, _ in prompt_rows(batches, lambda case: {"generation": case.generation_prompts[:most]}):
+        yield row
 
 
 def measured(

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harness.data import EditCase, KnowEditCase, Probe
+from harness.data import EditCase, KnowEditCase, Probe, prompt_rows
 from harness.scoring import Prediction, predict
 
 Row = dict[str, Any]
@@ -17,19 +17,9 @@ Row = dict[str, Any]
 
 def batch_probes(batches: Sequence[Sequence[EditCase]]) -> Iterator[tuple[Row, Probe]]:
     """Every scored prompt of every edited record, with what names it in ``cases.jsonl.gz``."""
-    for number, batch in enumerate(batches, start=1):
-        for case in batch:
-            assert isinstance(case, KnowEditCase)
-            for kind, probes in case.probes.items():
-                for index, probe in enumerate(probes):
-                    row = {
-                        "case_id": case.case_id,
-                        "batch": number,
-                        "kind": kind,
-                        "index": index,
-                        "prompt": probe.prompt,
-                    }
-                    yield row, probe
+    for row, case in prompt_rows(batches, lambda case: case.prompts):
+        assert isinstance(case, KnowEditCase)
+        yield row, case.probes[row["kind"]][row["index"]]
 
 
 def probe_fields(

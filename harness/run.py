@@ -17,7 +17,7 @@ from editors import EditStream, dense
 from editors.sites import sites_for
 from harness import onednn
 from harness.cells import RecordMaker, Row
-from harness.data import EditCase, KnowEditCase, load_dataset, select
+from harness.data import EditCase, KnowEditCase, load_dataset, prompt_rows, select
 from harness.deltas import delta_path, read_state, state_path, write_delta, write_state
 from harness.encoders import encoder
 from harness.folder import RunFolder, SpecMismatchError, provenance
@@ -592,18 +592,8 @@ def _named(decisions: Mapping[int, Sequence[Decision]]) -> Routes:
 
 def batch_queries(batches: Sequence[Sequence[EditCase]]) -> Iterator[tuple[Row, Query]]:
     """Every scored prompt of every edited record, with what names it in ``cases.jsonl.gz``."""
-    for number, batch in enumerate(batches, start=1):
-        for case in batch:
-            for kind, prompts in case.prompts.items():
-                for index, prompt in enumerate(prompts):
-                    row = {
-                        "case_id": case.case_id,
-                        "batch": number,
-                        "kind": kind,
-                        "index": index,
-                        "prompt": prompt,
-                    }
-                    yield row, Query(prompt, case.request.target_new, case.target_true)
+    for row, case in prompt_rows(batches, lambda case: case.prompts):
+        yield row, Query(row["prompt"], case.request.target_new, case.target_true)
 
 
 def answer_fields(answer: Answer) -> Row:
