@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonlines
 import torch
+from filelock import FileLock, Timeout
 
 from harness.data import Dataset, Selection
 from harness.models import MODELS
@@ -19,6 +20,7 @@ from harness.spec import RunSpec, hyperparameter_source
 from reports.record import SCHEMA_VERSION, Record
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "sentence-transformers")
+LOCK = ".lock"
 SESSION = ("commit", "dirty", "python", "packages", "threads")  # may differ where a run was continued
 FOLDERS = ("deltas", "state", "scores", "figures")
 FILES = ("run.json", "records.jsonl", "cases.jsonl.gz", "report.md", "report.tex", "report.html")
@@ -29,10 +31,17 @@ class SpecMismatchError(ValueError):
 
 
 class RunFolder:
-    """A folder with its run.json as data; ``note`` keeps both equal."""
+    """A folder with its run.json as data; ``note`` keeps both equal.
 
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
-        self.path, self.info = path, info
+    It belongs to one process at a time: the lock is the operating system's and goes with its owner.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any], lock: FileLock) -> None:
+        self.path, self.info, self._lock = path, info, lock
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        self._lock.release()
 
     @classmethod
     def open(
@@ -51,34 +60,37 @@ class RunFolder:
         """
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file, not a folder; give another --out")
-        plain = spec.as_json() | dict(inputs)
-        info: dict[str, Any] = {}
-        if (path / "run.json").is_file() and not fresh:
-            info = _same_run(path / "run.json", plain)
-        elif path.exists() and any(path.iterdir()):
-            if not (path / "run.json").is_file():
-                raise ValueError(f"folder {path} is not empty and holds no run; give another --out")
-            _clear(path)
-        session = {name: provenance[name] for name in SESSION}
-        info |= {
-            "schema_version": SCHEMA_VERSION,
-            "run_id": spec.digest(),
-            "status": "running",
-            "spec": plain,
-            "model_note": MODELS[spec.model].note if spec.model in MODELS else None,
-            "provenance": info.get("provenance", dict(provenance)),
-            "sessions": [*info.get("sessions", []), session],
-        }
-        info.setdefault("timings", {})
-        info.setdefault("per_editor", {})
-        folder = cls(path, info)
+        is_run = (path / "run.json").is_file()
+        if path.exists() and not is_run and any(entry.name != LOCK for entry in path.iterdir()):
+            raise ValueError(f"folder {path} is not empty and holds no run; give another --out")
+        lock = _locked(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            folder.note()
-        except OSError as error:
-            raise ValueError(
-                f"folder {path} cannot be written: {error.strerror}; give another --out"
-            ) from None
+            plain = spec.as_json() | dict(inputs)
+            info: dict[str, Any] = {}
+            if is_run and not fresh:
+                info = _same_run(path / "run.json", plain)
+            elif is_run:
+                _clear(path)
+            session = {name: provenance[name] for name in SESSION}
+            info |= {
+                "schema_version": SCHEMA_VERSION,
+                "run_id": spec.digest(),
+                "status": "running",
+                "spec": plain,
+                "model_note": MODELS[spec.model].note if spec.model in MODELS else None,
+                "provenance": info.get("provenance", dict(provenance)),
+                "sessions": [*info.get("sessions", []), session],
+            }
+            info.setdefault("timings", {})
+            info.setdefault("per_editor", {})
+            folder = cls(path, info, lock)
+            try:
+                folder.note()
+            except OSError as error:
+                raise _not_writable(path, error) from None
+        except BaseException:
+            lock.release()
+            raise
         return folder
 
     @property
@@ -120,6 +132,25 @@ class RunFolder:
                 writer.write_all(lines)
 
         write_atomically(path, write)
+
+
+def _locked(path: Path) -> FileLock:
+    """The lock of a folder, which is made if need be; ValueError if another process has it."""
+    lock = FileLock(path / LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process is working on folder {path}; wait for its end, or give another --out"
+        ) from None
+    except OSError as error:
+        raise _not_writable(path, error) from None
+    return lock
+
+
+def _not_writable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"folder {path} cannot be written: {error.strerror}; give another --out")
 
 
 def _same_run(path: Path, plain: Mapping[str, Any]) -> dict[str, Any]:

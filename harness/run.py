@@ -5,7 +5,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,8 +100,8 @@ def run_grid(
     if hyperparameters is not None:
         made_of["hyperparameter_sources"] |= hyperparameters.sources_of(spec.editors)
         notes += hyperparameters.overlap(dataset, selection)
-    folder = RunFolder.open(out, spec, inputs=inputs, provenance=made_of, fresh=fresh)
-    with display.live():
+    opened = RunFolder.open(out, spec, inputs=inputs, provenance=made_of, fresh=fresh)
+    with closing(opened) as folder, display.live():
         with display.stage(f"load {spec.model}") as stage:
             loaded = load_model(spec.model, source, dtype=getattr(torch, spec.dtype), device=spec.device)
             run = _Run(spec, folder, display, loaded, selection.cases, suite, consistency)

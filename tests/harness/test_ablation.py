@@ -3,6 +3,8 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -700,6 +702,31 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
         assert grid.run(tmp_path / "run", *MANY) == 130
     assert grid.run(tmp_path / "run", *MANY) == 0
     assert_same(tmp_path / "run", done)
+
+
+HOLDER = """
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_belongs_to_one_process_at_a_time_and_is_free_when_that_dies(
+    grid: Grid, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(copied)
+    command = [sys.executable, "-c", HOLDER, str(copied / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert grid.run(copied, *MANY) == 2
+        assert "another process is working on folder" in capsys.readouterr().err
+        assert contents(copied) == before
+        holder.kill()
+    assert grid.run(copied, *MANY) == 0
+    assert contents(copied) == before
 
 
 def test_another_spec_in_the_same_folder_is_refused_with_the_differences(
