@@ -130,7 +130,7 @@ class CellLM(RoutedLM):
         **unknown: Any,
     ) -> None:
         """run, editor, cell: which; pruning_ratio, top_k: where a run has several, by default its first;
-        data: as of the ablation, where the run's dataset is a local copy.
+        data: as of the ablation, where the run's dataset is a local copy; device: by default the run's.
 
         Raises ValueError if the run has no such cell, or the model or dataset is not what it was made with.
         """
@@ -140,6 +140,8 @@ class CellLM(RoutedLM):
             raise ValueError(f"unknown model argument {min(unknown)!r}; known: {known}")
         from lm_eval.models.huggingface import HFLM
 
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # lm-eval's command line names cuda:0 unless told otherwise
         info = _run_info(Path(run))
         spec = RunSpec.from_json(info["spec"])
         chosen = _cell(spec, editor, cell, pruning_ratio, top_k)
@@ -212,7 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Run as a script this file is a module of another name; the class is registered from its own.
-    from harness.lm import main as registered
-
-    registered()
+    main()

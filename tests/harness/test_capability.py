@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -647,3 +649,11 @@ def test_all_requests_of_a_record_go_one_way() -> None:
 def test_a_cell_that_is_not_there_is_refused(done: Path, more: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         cell_model(done, **more)
+
+
+def test_the_command_line_is_lm_evals() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.lm", "run", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--model_args" in done.stdout
