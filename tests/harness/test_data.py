@@ -209,7 +209,7 @@ def test_a_line_separator_inside_a_text_is_no_line_end(tmp_path: Path) -> None:
     assert load_dataset(str(path)).cases[0].request.subject == "Danielle\u2028Darrieux\x85"
 
 
-PACKED = gzip.compress(json.dumps(record()).encode())
+PACKED = gzip.compress(json.dumps(record()).encode(), mtime=0)
 
 
 @pytest.mark.parametrize(

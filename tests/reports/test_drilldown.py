@@ -285,11 +285,12 @@ def test_a_run_without_cases_has_no_section(run: Run) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b'{"weights": "memit"}\n'), "line 1"),
-        (gzip.compress(b"{\n"), "line 1"),
-        (gzip.compress(b"{}\n" * 9)[:-9], "cases.jsonl.gz"),
+        (gzip.compress(b'{"weights": "memit"}\n', mtime=0), "line 1"),
+        (gzip.compress(b"{\n", mtime=0), "line 1"),
+        (gzip.compress(b"{}\n" * 9, mtime=0)[:-9], "cases.jsonl.gz"),
         (b"no gzip", "cases.jsonl.gz"),
     ],
+    ids=["no fields", "no JSON", "cut off", "not packed"],
 )
 def test_broken_cases_are_an_error_that_names_the_file(run: Run, content: bytes, said: str) -> None:
     (run.path / "cases.jsonl.gz").write_bytes(content)
