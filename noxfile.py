@@ -56,6 +56,16 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """The long proofs: 10,000 made-up inputs of each kind, of which the tests try 200."""
+    install(session, "test")
+    session.run(
+        "python", "-m", "pytest", "tests/harness/test_fuzz.py", *session.posargs,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SEQMMR_FUZZ": "10000"},
+    )  # fmt: skip
+
+
+@nox.session
 def regression(session: nox.Session) -> None:
     """A small fixed grid against the committed reference (python -m harness.regression)."""
     install(session)

@@ -5,14 +5,12 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from harness.arguments import FLAGS, Flag, OneLineParser, add_flags
+from harness.arguments import FLAGS, Flag, OneLineParser, add_flags, one_line
 
 if TYPE_CHECKING:
     from harness.spec import HyperparameterFile, RunSpec
@@ -72,14 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refused(error: ValueError) -> int:
-    print(f"harness.ablation: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"harness.ablation: {one_line(str(error))}", file=sys.stderr)
     return 2
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
     """The runs that the config file and the command line ask for, all of them checked."""
-    from harness.spec import read_hyperparameters, resolve
-
+    for name, value in _given(args).items():
+        _check_name(name, value)
+    for name in ("out", "config"):
+        _check_name(name, getattr(args, name))
     if args.resume and not args.out and not args.config:
         raise ValueError("--resume needs the run folder; name it with --out")
     config = _read_config(args.config) if args.config else {}
@@ -87,16 +87,59 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     base = args.out or config.get("out")
     jobs = []
     for name, own in runs.items():
-        given = {**config, **own, **_given(args)}
-        overrides = [*config.get("set", []), *own.get("set", []), *(args.set or [])]
-        given.pop("set", None), given.pop("out", None)
-        data, path = given.pop("data", None), given.pop("hyperparameters", None)
-        file = read_hyperparameters(path) if path else None
-        spec = resolve(given, overrides, file)
+        try:
+            job = _job({**config, **own, **_given(args)}, [config, own, {"set": args.set}])
+            if len(runs) > 1:  # else the run itself does it at once
+                _check_files(job)
+        except ValueError as error:
+            where = f"config {args.config!r}, run {name!r}: " if name else ""
+            raise ValueError(f"{where}{error}") from None
         if base is None:
+            spec = job.spec
             base = _folder(Path(args.config).stem if name else f"{_stem(spec.model)}-{_stem(spec.dataset)}")
-        jobs.append(Job(spec=spec, folder=Path(base) / name, data=data, hyperparameters=file))
+        jobs.append(replace(job, folder=Path(base) / name))
     return jobs
+
+
+def _job(given: dict[str, Any], settings: Sequence[Mapping[str, Any]]) -> Job:
+    """One run from the values that count for it; its folder is not known yet.
+
+    settings: whose ``set`` count, the last ones most.
+    """
+    from harness.spec import read_hyperparameters, resolve
+
+    overrides = [override for values in settings for override in values.get("set") or ()]
+    given.pop("set", None), given.pop("out", None)
+    data, path = given.pop("data", None), given.pop("hyperparameters", None)
+    file = read_hyperparameters(path) if path else None
+    return Job(spec=resolve(given, overrides, file), folder=RUNS, data=data, hyperparameters=file)
+
+
+def _check_files(job: Job) -> None:
+    """Raise ValueError for files and sizes that the run would refuse when its turn comes."""
+    from harness.data import load_dataset, select
+    from harness.generation import load_references
+    from harness.spec import CORPORA
+    from harness.stats import read_texts
+
+    spec = job.spec
+    selection, _ = select(
+        load_dataset(spec.dataset, job.data), edits=spec.edits, negatives=spec.negatives, order=spec.select,
+        seed=spec.seed,
+    )  # fmt: skip
+    if spec.stats not in CORPORA:
+        read_texts(spec.stats)
+    if spec.references is not None:
+        load_references(spec.references, selection.cases)
+
+
+def _check_name(flag: str, value: Any) -> None:
+    """Raise ValueError if a text, or one of several, cannot be the name of anything."""
+    from harness.paths import checked_name
+
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            checked_name(f"--{flag.replace('_', '-')}", text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,23 +170,25 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _read_config(path: str) -> dict[str, Any]:
     """A config file's values by flag name; under ``runs``, if it has several: name -> its own values."""
-    try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {path!r} cannot be read: {' '.join(str(error).split())}") from None
+    from harness.paths import checked_name, read_yaml, shown
+
+    values = read_yaml(Path(path), f"config {path!r}")
     if not isinstance(values, Mapping):
-        raise ValueError(f"config {path!r} is no mapping of flag names to values")
+        raise ValueError(f"config {path!r} is no mapping of flag names to values; known: {', '.join(FLAGS)}")
     config = _checked_names({name: value for name, value in values.items() if name != "runs"}, path)
     if "runs" in values:
         runs = values["runs"]
         named = isinstance(runs, Mapping) and all(isinstance(own, Mapping) for own in runs.values())
         if not runs or not named:
             raise ValueError(
-                f"config {path!r}: runs is {runs!r}; it takes a mapping of names to mappings of flags"
+                f"config {path!r}: runs is {shown(runs)}; it takes a mapping of names to mappings of flags"
             )
         for name in runs:
-            if not isinstance(name, str) or not name or Path(name).name != name:
-                raise ValueError(f"config {path!r}: a run is named {name!r}; it takes the name of a folder")
+            if not isinstance(name, str) or not name or Path(name).name != name or name == "..":
+                raise ValueError(
+                    f"config {path!r}: a run is named {shown(name)}; it takes the name of a folder"
+                )
+            checked_name(f"config {path!r}: the name of a run", name)
         config["runs"] = {name: _checked_names(own, path) for name, own in runs.items()}
         if any("out" in own for own in config["runs"].values()):
             raise ValueError(f"config {path!r}: out belongs beside runs; each has a folder of its name in it")
@@ -151,27 +196,35 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _checked_names(values: Mapping[Any, Any], path: str) -> dict[str, Any]:
-    named = {str(name).replace("-", "_"): value for name, value in values.items()}
-    unknown = sorted(named.keys() - FLAGS.keys() - {"out"})
-    if unknown:
-        known = ", ".join([*FLAGS, "out", "runs"])
-        raise ValueError(f"config {path!r}: unknown name {unknown[0]!r}; known: {known}")
+    from harness.paths import shown
+
+    named: dict[str, Any] = {}
+    for given, value in values.items():
+        name = given.replace("-", "_") if isinstance(given, str) else given
+        if name not in FLAGS and name != "out":
+            known = ", ".join([*FLAGS, "out", "runs"])
+            raise ValueError(f"config {path!r}: unknown name {shown(given)}; known: {known}")
+        if name in named:
+            raise ValueError(f"config {path!r}: {name} is given twice, with - and with _; leave one")
+        named[name] = value
     checked = {name: _checked(name, value, path) for name, value in named.items()}
     return {name: value for name, value in checked.items() if value is not None}
 
 
 def _checked(name: str, value: Any, path: str) -> Any:
     """A YAML value with the type its flag has on the command line."""
+    from harness.paths import checked_name, shown
+
     if value is None:
         return value
     flag = FLAGS.get(name, Flag("the run folder"))
     if flag.kind is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"config {path!r}: {name} is {value!r}; it takes true or false")
+            raise ValueError(f"config {path!r}: {name} is {shown(value)}; it takes true or false")
         return value
     values = value if isinstance(value, list) else [value]
     if flag.many is False and isinstance(value, list):
-        raise ValueError(f"config {path!r}: {name} is {value!r}; it takes one value")
+        raise ValueError(f"config {path!r}: {name} is {shown(value)}; it takes one value")
     try:
         typed = [
             flag.kind(str(v)) for v in values if isinstance(v, str | int | float) and not isinstance(v, bool)
@@ -179,12 +232,15 @@ def _checked(name: str, value: Any, path: str) -> Any:
     except ValueError:
         typed = []
     if len(typed) != len(values):
-        raise ValueError(f"config {path!r}: {name} is {value!r}; it takes {flag.kind.__name__} values")
+        raise ValueError(f"config {path!r}: {name} is {shown(value)}; it takes {flag.kind.__name__} values")
+    for text in typed:
+        if isinstance(text, str):
+            checked_name(f"config {path!r}: {name}", text)
     return typed if flag.many else typed[0]
 
 
 def _stem(name: str) -> str:
-    return Path(name).name.removesuffix(".gz").removesuffix(".jsonl")
+    return Path(name).name.removesuffix(".gz").removesuffix(".jsonl")[:60]
 
 
 def _folder(name: str) -> Path:

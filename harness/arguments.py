@@ -1,6 +1,7 @@
 """The flags that describe a run, as INTERFACES names them: one table for command line and config file."""
 
 import argparse
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -66,11 +67,19 @@ FLAGS: dict[str, Flag] = {
 }
 
 
+def one_line(text: str) -> str:
+    """A complaint as one line, long ones without their middle, nothing in it that a terminal obeys."""
+    text = "".join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in re.sub(r"\s*[\r\n]\s*", " ", text).strip()
+    )
+    return text if len(text) <= 2000 else f"{text[:1400]} ... {text[-500:]}"
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose complaint is one line; exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}; --help lists the flags\n")
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FLAGS) -> None:

@@ -1,5 +1,6 @@
 """Datasets: the embedded facts, CounterFact, KnowEdit, and files in their schemas; selection and checks."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -8,12 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import Any, TypeVar
 
 from editors import EditRequest
-from harness.paths import read_lines
+from harness.paths import is_there, read_lines, shown
 
 FACTS_FILE = Path(__file__).parent / "facts" / "facts.jsonl.gz"
 COUNTERFACT_HUB = ("azhx/counterfact", "c01c413f856ee38f5c080c9fc5e87aff478e2ff9")
@@ -31,6 +33,17 @@ PORTABILITY = {  # a group's name in the files -> kind of its prompts
     "Logical_Generalization": "portability_logical_generalization",
 }
 NO_SUBJECT = "the subject is not in the prompt"
+# Fields that are read. Others may stand beside them, but not in the place of one of these, misspelt.
+FIELDS = (
+    "case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "generation_prompts",
+    "relation", "no_subject_relation_conflict",
+)  # fmt: skip
+REWRITE_FIELDS = ("prompt", "subject", "relation_id", "target_new", "target_true")
+KNOWEDIT_FIELDS = (
+    "case_id", "subject", "prompt", "target_new", "ground_truth", "rephrase_prompt", "rephrase", "locality",
+    "portability",
+)  # fmt: skip
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +159,21 @@ def load_dataset(name: str, data: str | None = None) -> Dataset:
     data: folder or file with local copies, else the variable SEQMMR_DATA, else the hub.
     Raises ValueError in one line for an unknown name, a missing file or a broken record.
     """
+    if data and not is_there(data):
+        raise ValueError(f"data folder {shown(data)} does not exist; correct --data or SEQMMR_DATA")
     if name in DATASETS:
         return DATASETS[name](data or os.environ.get("SEQMMR_DATA") or None)
-    if Path(name).exists():
+    if is_there(name):
         records = read_lines(Path(name))
+        if not records[0].keys() & {"requested_rewrite", "target_new"}:
+            raise ValueError(
+                f"dataset {Path(name).name}: its first record has the fields {shown(list(records[0]))}; it "
+                "needs requested_rewrite (CounterFact's schema) or target_new (KnowEdit's)"
+            )
         in_schema = _from_knowedit if _looks_like_knowedit(records[0]) else _from_records
         return in_schema(name, Path(name).name, records)
     raise ValueError(
-        f"unknown dataset {name!r}; known: {', '.join(DATASETS)}; or give the path of a JSONL file "
+        f"unknown dataset {shown(name)}; known: {', '.join(DATASETS)}; or give the path of a JSONL file "
         "in CounterFact's or KnowEdit's schema"
     )
 
@@ -200,7 +220,7 @@ def local_copy(data: str, patterns: Sequence[str]) -> Path:
     if folder.is_file():
         return folder
     if not folder.is_dir():
-        raise ValueError(f"data folder {data!r} does not exist; correct --data or SEQMMR_DATA")
+        raise ValueError(f"data folder {shown(data)} does not exist; correct --data or SEQMMR_DATA")
     for pattern in patterns:
         found = sorted([*folder.glob(pattern), *folder.glob(pattern + ".gz")])
         if found:
@@ -239,18 +259,31 @@ def _not_fetched(name: str, revision: str, error: Exception) -> ValueError:
 
 
 def _digest(records: Sequence[Mapping[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(list(records), sort_keys=True).encode()).hexdigest()
+    try:
+        return hashlib.sha256(json.dumps(list(records), sort_keys=True).encode()).hexdigest()
+    except RecursionError:
+        raise ValueError("records are nested too deeply; they are flat in both schemas") from None
+
+
+def _in(source: str, read: Callable[[Mapping[str, Any], int], T], record: Mapping[str, Any], n: int) -> T:
+    """A record as ``read`` makes it; what it refuses is said with the source and the remedy."""
+    try:
+        return read(record, n)
+    except ValueError as error:
+        raise ValueError(f"dataset {source}: {error}; correct the record, or take it out") from None
 
 
 def _check_case_ids(source: str, case_ids: Sequence[int | str]) -> None:
     repeated = [case_id for case_id, count in Counter(case_ids).items() if count > 1]
     if repeated:
-        raise ValueError(f"dataset {source}: case_id {repeated[0]!r} occurs more than once")
+        raise ValueError(
+            f"dataset {source}: case_id {repeated[0]!r} occurs more than once; give each record its own"
+        )
 
 
 def _from_records(name: str, source: str, records: Sequence[Mapping[str, Any]]) -> Dataset:
     digest = _digest(records)
-    cases = [to_case(record, number) for number, record in enumerate(records, start=1)]
+    cases = [_in(source, to_case, record, number) for number, record in enumerate(records, start=1)]
     _check_case_ids(source, [case.case_id for case in cases])
     facts = Counter(_fact(record) for record in records)
     kept = [
@@ -260,23 +293,28 @@ def _from_records(name: str, source: str, records: Sequence[Mapping[str, Any]]) 
     ]
     dropped = {"another record edits the same subject and relation": len(cases) - len(kept)}
     if not kept:
-        raise ValueError(f"dataset {source}: all {len(cases)} records contradict each other")
+        raise ValueError(
+            f"dataset {source}: all {len(cases)} records contradict each other (same subject and relation); "
+            "leave one of each"
+        )
     return Dataset(name=name, source=source, digest=digest, cases=tuple(kept), dropped=dropped)
 
 
 def _fact(record: Mapping[str, Any]) -> tuple[str, str]:
     rewrite = record["requested_rewrite"]
     relation = record.get("relation") or rewrite.get("relation_id") or rewrite["prompt"]
-    return rewrite["subject"], str(relation)
+    return rewrite["subject"].strip(), relation
 
 
 def _from_knowedit(name: str, source: str, records: Sequence[Mapping[str, Any]]) -> Dataset:
     """Records in KnowEdit's schema. Repeated and contradicting edits stay, as the paper edits them too."""
-    found = [to_knowedit_case(record, number) for number, record in enumerate(records)]
+    found = [_in(source, to_knowedit_case, record, number) for number, record in enumerate(records)]
     cases = tuple(case for case in found if case is not None)
     _check_case_ids(source, [case.case_id for case in cases])
     if not cases:
-        raise ValueError(f"dataset {source}: in all {len(records)} records {NO_SUBJECT}")
+        raise ValueError(
+            f"dataset {source}: in all {len(records)} records {NO_SUBJECT}; write it there as it stands"
+        )
     dropped = {NO_SUBJECT: len(records) - len(cases)}
     return Dataset(name=name, source=source, digest=_digest(records), cases=cases, dropped=dropped)
 
@@ -288,13 +326,17 @@ def to_knowedit_case(record: Mapping[str, Any], number: int) -> KnowEditCase | N
     """
     case_id = _case_id(record, number)
     where = f"case {case_id}"
-    prompt, subject, target_new = (
+    _no_near_miss(record, KNOWEDIT_FIELDS, where)
+    prompt, target_new = (
         _text(_field(record, name, str, where), f"{where}, {name}").strip()
-        for name in ("prompt", "subject", "target_new")
+        for name in ("prompt", "target_new")
     )
+    subject = _subject(record, where, f"{where}, subject").strip()
     truths = tuple(_answers(_field(record, "ground_truth", str | list, where), f"{where}, ground_truth"))
     if not truths:
-        raise ValueError(f"{where}: field 'ground_truth' is {record['ground_truth']!r}; it needs an answer")
+        raise ValueError(
+            f"{where}: field 'ground_truth' is {shown(record['ground_truth'])}; it needs an answer"
+        )
     left_out: Counter[str] = Counter()
     probes = {"rewrite": (Probe(prompt, (target_new,)),)} | _knowedit_probes(
         record, target_new, where, left_out
@@ -355,18 +397,19 @@ def _groups(
     record: Mapping[str, Any], name: str, where: str, left_out: Counter[str]
 ) -> Iterator[tuple[str, tuple[Probe, ...]]]:
     """The groups of ``portability`` or ``locality``; prompts whose forced answer is blank are left out."""
-    groups = record.get(name) or {}
-    if not isinstance(groups, dict):
-        raise ValueError(f"{where}: field {name!r} is {groups!r}, not a dict")
-    for group, entries in groups.items():
+    groups = record.get(name)
+    if not isinstance(groups, dict | None):
+        raise ValueError(f"{where}: field {name!r} is {shown(groups)}, not a dict")
+    for own, entries in (groups or {}).items():
+        group = shown(own)[1:-1]
         inside = f"{where}, {name}.{group}"
         if not isinstance(entries, list | None):
-            raise ValueError(f"{inside} is {entries!r}, not a list")
+            raise ValueError(f"{inside} is {shown(entries)}, not a list")
         probes = []
         for i, entry in enumerate(entries or ()):
             at = f"{inside}[{i}]"
             if not isinstance(entry, dict):
-                raise ValueError(f"{at} is {entry!r}, not a dict")
+                raise ValueError(f"{at} is {shown(entry)}, not a dict")
             prompt = _text(_field(entry, "prompt", str, at), f"{at}.prompt").strip()
             given = _field(entry, "ground_truth", str | list, at)
             answers = tuple(_answers(given, f"{at}.ground_truth"))
@@ -386,8 +429,8 @@ def _answers(given: Any, where: str) -> Iterator[str]:
         if isinstance(leaf, list):
             leaves[:0] = leaf
         elif not isinstance(leaf, str):
-            raise ValueError(f"{where}: {leaf!r} is not a text")
-        elif (answer := leaf.strip()) and answer not in seen:
+            raise ValueError(f"{where}: {shown(leaf)} is not a text")
+        elif (answer := _whole(leaf, where).strip()) and answer not in seen:
             seen.add(answer)
             yield answer
 
@@ -402,7 +445,9 @@ def _first(given: Any) -> str:
 def _case_id(record: Mapping[str, Any], number: int) -> int | str:
     case_id = record.get("case_id", number)
     if not isinstance(case_id, int | str) or isinstance(case_id, bool):
-        raise ValueError(f"record {number}: case_id {case_id!r} is neither a number nor a text")
+        raise ValueError(f"record {number}: case_id {shown(case_id)} is neither a number nor a text")
+    if isinstance(case_id, str) and not (case_id.strip() and case_id.isprintable()):
+        raise ValueError(f"record {number}: case_id {shown(case_id)} is not a text that can be printed")
     return case_id
 
 
@@ -415,18 +460,25 @@ def to_case(record: Mapping[str, Any], number: int) -> EditCase:
     where = f"case {case_id}"
     rewrite = _field(record, "requested_rewrite", dict, where)
     inside = f"{where}, requested_rewrite"
+    _no_near_miss(record, FIELDS, where)
+    _no_near_miss(rewrite, REWRITE_FIELDS, inside)
     target_new, target_true = (
         _text(_field(rewrite, name, dict, inside).get("str"), f"{inside}.{name}.str")
         for name in ("target_new", "target_true")
     )
     request = EditRequest(
         case_id=case_id,
-        prompt=_field(rewrite, "prompt", str, inside),
-        subject=_field(rewrite, "subject", str, inside),
+        prompt=_text(_field(rewrite, "prompt", str, inside), f"{inside}.prompt"),
+        subject=_subject(rewrite, inside, f"{inside}.subject"),
         target_new=target_new,
     )
     if request.target_new.strip() == target_true.strip():
-        raise ValueError(f"{where}: target_new equals target_true {target_true!r}; there is nothing to edit")
+        raise ValueError(
+            f"{where}: target_new equals target_true {shown(target_true)}; there is nothing to edit"
+        )
+    for name, kind in (("relation", str), ("no_subject_relation_conflict", bool)):
+        if name in record:
+            _field(record, name, kind, where)
     return EditCase(
         case_id=case_id,
         request=request,
@@ -434,9 +486,32 @@ def to_case(record: Mapping[str, Any], number: int) -> EditCase:
         paraphrase_prompts=_prompts(record, "paraphrase_prompts", 1, where),
         neighborhood_prompts=_prompts(record, "neighborhood_prompts", 1, where),
         generation_prompts=_prompts(record, "generation_prompts", 0, where),
-        relation_id=rewrite.get("relation_id"),
-        target_id=rewrite["target_new"].get("id"),
+        relation_id=_name(rewrite, "relation_id", inside),
+        target_id=_name(rewrite["target_new"], "id", f"{inside}.target_new"),
     )
+
+
+def _name(record: Mapping[str, Any], name: str, where: str) -> str | None:
+    """A field that may be absent or null, but is a text where it is given."""
+    value: str | None = None if record.get(name) is None else _field(record, name, str, where)
+    return value
+
+
+@cache
+def _meant(name: str, known: tuple[str, ...]) -> str | None:
+    """The known field that a name is one slip away from, if it is none itself."""
+    near = [] if name in known else difflib.get_close_matches(name, known, 1, 0.85)
+    return near[0] if near else None
+
+
+def _no_near_miss(record: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Raise ValueError for a misspelt field, which would be as good as absent without a word."""
+    for name in record:
+        meant = _meant(name, known)
+        if meant is not None and meant not in record:
+            raise ValueError(
+                f"{where}: unknown field {shown(name)}, {meant!r} is missing; known: {', '.join(known)}"
+            )
 
 
 def _field(record: Mapping[str, Any], name: str, kind: type | UnionType, where: str) -> Any:
@@ -444,23 +519,41 @@ def _field(record: Mapping[str, Any], name: str, kind: type | UnionType, where: 
         raise ValueError(f"{where}: field {name!r} is missing")
     if not isinstance(record[name], kind):
         wanted = str(kind).replace("|", "or") if isinstance(kind, UnionType) else kind.__name__
-        raise ValueError(f"{where}: field {name!r} is {record[name]!r}, not a {wanted}")
+        raise ValueError(f"{where}: field {name!r} is {shown(record[name])}, not a {wanted}")
     return record[name]
+
+
+def _subject(record: Mapping[str, Any], where: str, place: str) -> str:
+    subject = _text(_field(record, "subject", str, where), place)
+    if "{}" in subject:
+        raise ValueError(f"{place}: {shown(subject)} has {{}}, which marks its place in the prompt")
+    return subject
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {value!r} is not a text")
-    return value
+        raise ValueError(f"{where}: {shown(value)} is not a text")
+    return _whole(value, where)
+
+
+def _whole(text: str, where: str) -> str:
+    """A text that a file can hold as a model can read it."""
+    if "\0" in text:
+        raise ValueError(f"{where}: {shown(text)} has a null character")
+    return text
 
 
 def _prompts(record: Mapping[str, Any], name: str, least: int, where: str) -> tuple[str, ...]:
     values = record.get(name, [])
     if not isinstance(values, list | tuple) or len(values) < least:
         raise ValueError(
-            f"{where}: field {name!r} is {values!r}; it needs a list of at least {least} prompts"
+            f"{where}: field {name!r} is {shown(values)}; it needs a list of at least {least} prompts"
         )
-    return tuple(_text(value, f"{where}, {name}[{i}]") for i, value in enumerate(values))
+    prompts = tuple(_text(value, f"{where}, {name}[{i}]") for i, value in enumerate(values))
+    for i, prompt in enumerate(prompts):
+        if "{}" in prompt:
+            raise ValueError(f"{where}, {name}[{i}]: {shown(prompt)} still has {{}}; write the subject there")
+    return prompts
 
 
 def select(
@@ -476,7 +569,7 @@ def select(
     cases = dataset.cases
     if edits > len(cases):
         raise ValueError(
-            f"{edits} edits asked, dataset {dataset.name} has {len(cases)} usable records; "
+            f"{shown(edits)} edits asked, dataset {dataset.name} has {len(cases)} usable records; "
             "lower --batch-size or --num-batches"
         )
     generator = random.Random(seed)

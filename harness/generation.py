@@ -20,7 +20,7 @@ from editors.capture import head_logits
 from editors.sites import device_of
 from editors.tokens import encode
 from harness.data import EditCase, prompt_rows
-from harness.paths import read_lines
+from harness.paths import read_lines, shown
 
 TEXT_TOKENS = 100  # of a text, its prompt included
 TOP_K = 5
@@ -141,7 +141,10 @@ class Consistency:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self.references = {case: " ".join(texts) for case, texts in references.items()}
-        self._vectoriser = TfidfVectorizer().fit(sorted(set(self.references.values())))
+        try:
+            self._vectoriser = TfidfVectorizer().fit(sorted(set(self.references.values())))
+        except ValueError:
+            raise ValueError("their texts have no words; correct the file, or leave it out") from None
 
     def __call__(self, case_id: Any, texts: Sequence[str]) -> float | None:
         """The cosine; None if the record has no references."""
@@ -163,10 +166,13 @@ def load_references(path: str, cases: Sequence[EditCase]) -> Consistency:
         try:
             key = (entry["relation_id"], entry["target_id"])
             texts = [sample["text"] for sample in entry["samples"]]
+            wrong = [value for value in (*key, *texts) if not isinstance(value, str)]
         except (KeyError, TypeError):
             raise ValueError(
                 f"references {path!r}, record {number}: it needs relation_id, target_id and samples with text"
             ) from None
+        if wrong:
+            raise ValueError(f"references {path!r}, record {number}: {shown(wrong[0])} is not a text")
         if key in wanted and texts:
             found.setdefault(key, []).extend(texts)
     named = {case.case_id: found.get((case.relation_id or "", case.target_id or "")) for case in cases}
@@ -175,7 +181,10 @@ def load_references(path: str, cases: Sequence[EditCase]) -> Consistency:
         raise ValueError(
             f"references {path!r} have no text for any relation and target of these records; leave them out"
         )
-    return Consistency(references)
+    try:
+        return Consistency(references)
+    except ValueError as error:
+        raise ValueError(f"references {path!r}: {error}") from None
 
 
 def text_rows(batches: Sequence[Sequence[EditCase]], most: int | None = None) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import yaml
 from editors import EDITORS, Editor
 from harness.data import DATASETS, Dataset, Selection
 from harness.models import MODELS
+from harness.paths import checked_name, is_there, read_yaml, shown
 from merging import MERGERS
 from routing import ROUTERS
 from tasks import SIX, TASKS
@@ -70,13 +72,13 @@ class RunSpec:
         _known("evaluation", (self.evaluate,), EVALUATIONS)
         for name in ("batch_size", "num_batches"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be at least 1")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
+            raise ValueError(f"seed is {shown(self.seed)}; it must be from 0 to 2**63 - 1")
         for name in ("limit_stats", "negatives", "generation_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise ValueError(f"{name} is {shown(value)}; it must be at least 1")
         for name in ("editors", "cells", "pruning_ratio", "top_k"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -134,7 +136,7 @@ class RunSpec:
 def _known(what: str, names: Sequence[str], known: Any) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+            raise ValueError(f"unknown {what} {shown(name)}; known: {', '.join(known)}")
 
 
 def resolve(
@@ -149,17 +151,21 @@ def resolve(
     Raises ValueError in one line for what is wrong.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str):
+                checked_name(name, text)
     model = given.get("model", "smollm2-135m")
     paper = model in MODELS and MODELS[model].paper
     editors = tuple(given.get("editors", ("memit", "alphaedit")))
     _known("editor", editors, EDITORS)
     dataset = given.get("dataset", "counterfact" if paper else "facts")
-    if dataset not in DATASETS and not Path(dataset).exists():
+    if dataset not in DATASETS and not is_there(dataset):
         raise ValueError(
             f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}; or give the path of a file"
         )
     stats = given.get("stats", "wikipedia" if paper else "self")
-    if stats not in CORPORA and not Path(stats).exists():
+    if stats not in CORPORA and not is_there(stats):
         raise ValueError(
             f"unknown statistics corpus {stats!r}; known: {', '.join(CORPORA)}; or give a JSONL file"
         )
@@ -232,14 +238,12 @@ def default_device() -> str:
 def _check_device(name: str) -> None:
     import torch
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; known: cpu, cuda, cuda:1 ...") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}; known: cpu, cuda, cuda:1 ... (solves need float64)")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there; {torch.cuda.device_count()} GPUs are")
+    match = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]{0,3}))?", name)  # torch takes 300 for 44
+    if match is None:
+        raise ValueError(f"unknown device {shown(name)}; known: cpu, cuda, cuda:1 ... (solves need float64)")
+    count = torch.cuda.device_count()
+    if name != "cpu" and int(match[1] or 0) >= count:
+        raise ValueError(f"device {name!r} is not there; {count} GPUs are; take cpu, or leave --device out")
 
 
 @cache
@@ -291,24 +295,21 @@ def read_hyperparameters(path: str) -> HyperparameterFile:
     Raises ValueError in one line naming file, editor and field for what is wrong.
     """
     where = f"hyperparameters {path!r}"
-    try:
-        table = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
+    table = read_yaml(Path(checked_name("hyperparameters", path)), where)
     if not isinstance(table, Mapping):
-        raise ValueError(f"{where} is no mapping of editors to their fields")
+        raise ValueError(f"{where} is no mapping of editors to their fields; known: {', '.join(EDITORS)}")
     tuning = table.get("tuning") or {}
     if not isinstance(tuning, Mapping):
-        raise ValueError(f"{where}: tuning is {tuning!r}; it takes a mapping, or leave it out")
+        raise ValueError(f"{where}: tuning is {shown(tuning)}; it takes a mapping, or leave it out")
     rows: dict[str, dict[str, Any]] = {}
     sources: dict[str, str] = {}
     for editor, row in table.items():
         if editor == "tuning":
             continue
         if editor not in EDITORS:
-            raise ValueError(f"{where}: unknown editor {editor!r}; known: {', '.join(EDITORS)}")
+            raise ValueError(f"{where}: unknown editor {shown(editor)}; known: {', '.join(EDITORS)}")
         if not isinstance(row, Mapping):
-            raise ValueError(f"{where}: {editor} is {row!r}; it takes a mapping of fields to values")
+            raise ValueError(f"{where}: {editor} is {shown(row)}; it takes a mapping of fields to values")
         fields = {str(field): value for field, value in row.items() if field != "source"}
         try:
             rows[editor] = {
@@ -323,13 +324,15 @@ def read_hyperparameters(path: str) -> HyperparameterFile:
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
     """A YAML value as one of a config field's type; ValueError if it is of another."""
+    if any(isinstance(v, int) and abs(v) >= 2**63 for v in (value if isinstance(value, list) else [value])):
+        raise ValueError(f"{where} is {shown(value)}; its numbers are below 2**63")
     if get_origin(kind) is tuple:
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-            raise ValueError(f"{where} is {value!r}; it takes a list of whole numbers")
+            raise ValueError(f"{where} is {shown(value)}; it takes a list of whole numbers")
         return tuple(values)
     if not isinstance(value, str | int | float | None) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where} is {value!r}; it takes a {getattr(kind, '__name__', kind)}")
+        raise ValueError(f"{where} is {shown(value)}; it takes a {getattr(kind, '__name__', kind)}")
     return _parse("none" if value is None else str(value), kind, where)
 
 
@@ -353,13 +356,13 @@ def editor_settings(
         name, equals, value = override.partition("=")
         editor, dot, field = name.partition(".")
         if not equals or not dot:
-            raise ValueError(f"--set {override!r} is not of the form EDITOR.FIELD=VALUE")
+            raise ValueError(f"--set {shown(override)} is not of the form EDITOR.FIELD=VALUE")
         _known("editor", (editor,), EDITORS)
         if editor not in settings:
             raise ValueError(
-                f"--set {override!r}: editor {editor!r} is not in this run: {', '.join(editors)}"
+                f"--set {shown(override)}: editor {editor!r} is not in this run: {', '.join(editors)}"
             )
-        settings[editor][field] = _parse(value, _field_type(editor, field), f"--set {override!r}")
+        settings[editor][field] = _parse(value, _field_type(editor, field), f"--set {shown(override)}")
     for editor in editors:
         fields = dataclasses.fields(EDITORS[editor][0])
         places = [field.name for field in fields if field.name.endswith("layers")]
@@ -388,7 +391,7 @@ def _plain(value: Any, kind: Any) -> Any:
 def _field_type(editor: str, field: str) -> Any:
     hints = get_type_hints(EDITORS[editor][0])
     if field not in hints:
-        raise ValueError(f"unknown field {field!r} of {editor}; known: {', '.join(hints)}")
+        raise ValueError(f"unknown field {shown(field)} of {editor}; known: {', '.join(hints)}")
     return hints[field]
 
 
@@ -414,4 +417,4 @@ def _parse(text: str, kind: Any, where: str) -> Any:
         return value
     except (ValueError, KeyError) as error:
         name = getattr(kind, "__name__", str(kind))
-        raise ValueError(f"{where}: {text!r} is not a {name} ({error})") from None
+        raise ValueError(f"{where}: {shown(text)} is not a {name} ({error})") from None

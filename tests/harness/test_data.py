@@ -282,11 +282,6 @@ def test_without_a_relation_the_prompt_tells_contradictions(write_jsonl: Write) 
     assert [case.case_id for case in load_dataset(str(write_jsonl(records))).cases] == [3]
 
 
-def test_a_relation_of_another_type_does_no_harm(write_jsonl: Write) -> None:
-    records = [record(1, relation_id={"id": 3}), record(2, relation_id=["P1"])]
-    assert len(load_dataset(str(write_jsonl(records))).cases) == 2
-
-
 def test_nothing_but_contradictions_is_refused(write_jsonl: Write) -> None:
     with pytest.raises(ValueError, match=r"all 2 records contradict"):
         load_dataset(str(write_jsonl([record(1), record(2)])))
