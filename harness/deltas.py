@@ -1,15 +1,19 @@
 """What each batch changed, as files; and an editor's state between batches."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from editors import LowRank, WeightDeltas, dense
+from harness.models import update_digest
 from harness.paths import write_tensors
+
+UNDIGESTED = {"editor", "case_ids", "digest_before", "digest_after"}  # all that such a file says
 
 
 def delta_path(folder: Path, chain: str, batch: int) -> Path:
@@ -25,33 +29,72 @@ def state_path(folder: Path, chain: str) -> Path:
 def write_delta(
     path: Path, delta: WeightDeltas, *, editor: str, case_ids: Sequence[int | str], **more: str
 ) -> None:
-    """Store one batch's change, naming its cases."""
+    """Store one batch's change, naming its cases, with a digest of all that the file says."""
     tensors: dict[str, Tensor] = {}
     for name, change in delta.items():
         if isinstance(change, LowRank):
             tensors[f"{name}.left"], tensors[f"{name}.right"] = change.left, change.right
         else:
             tensors[name] = change
-    write_tensors(path, tensors, {"editor": editor, "case_ids": json.dumps(list(case_ids)), **more})
+    metadata = {"editor": editor, "case_ids": json.dumps(list(case_ids)), **more}
+    write_tensors(path, tensors, metadata | {"digest": _digest(tensors, metadata)})
 
 
-def read_delta(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """One batch's change and its metadata.
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over what a delta's file holds, its own digest left out."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        update_digest(digest, name, tensor)
+    said = {name: text for name, text in metadata.items() if name != "digest"}
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    return digest.hexdigest()
 
-    The change is multiplied out where the editing did it, so that replayed weights are the edited ones to
-    the bit: parameter name -> tensor of its stored shape.
+
+def stored_delta(path: Path) -> tuple[dict[str, Tensor | LowRank], dict[str, str]]:
+    """One batch's change as it is stored, and its metadata.
+
+    Raises ValueError in one line if the file cannot be read, or is not as it was written (where it has a
+    digest of itself; files of older versions have none).
     """
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = dict(file.metadata())
-    delta: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if "digest" not in metadata and metadata.keys() <= UNDIGESTED:
+        pass  # as older versions wrote it
+    elif metadata.get("digest") != _digest(tensors, metadata):
+        raise ValueError(f"{path} was changed after it was written: its digest is another")
+    delta: dict[str, Tensor | LowRank] = {}
     for name, tensor in tensors.items():
         if name.endswith(".left"):
             stem = name.removesuffix(".left")
-            delta[stem] = dense(LowRank(tensor, tensors[f"{stem}.right"]))
+            delta[stem] = LowRank(tensor, tensors[f"{stem}.right"])
         elif not name.endswith(".right"):
             delta[name] = tensor
     return delta, metadata
+
+
+def read_delta(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One batch's change, multiplied out, and its metadata; raises ValueError as ``stored_delta``."""
+    stored, metadata = stored_delta(path)
+    return multiplied_out(stored, device), metadata
+
+
+def multiplied_out(delta: WeightDeltas, device: torch.device) -> dict[str, Tensor]:
+    """A change as parameter name -> tensor of its stored shape.
+
+    It is multiplied out where the editing did it, so that replayed weights are the edited ones to the bit.
+    """
+    return {
+        name: dense(LowRank(change.left.to(device), change.right.to(device)))
+        if isinstance(change, LowRank)
+        else change.to(device)
+        for name, change in delta.items()
+    }
 
 
 def write_state(path: Path, state: Mapping[str, Tensor], batches: int) -> None:

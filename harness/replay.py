@@ -1,6 +1,6 @@
 """The weights of a run's cells, made again from the stored changes without any forward."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,15 @@ class Replay:
     spec: RunSpec
     base: Weights  # parameter name -> unedited weight, of all parameters that any editor changes
 
-    def history(self, editor: str, ratio: float | None) -> Iterator[Weights]:
-        """The weights after every batch, merged at a pruning ratio or unmerged (None)."""
-        batches = range(1, self.spec.num_batches + 1)
+    def history(
+        self, editor: str, ratio: float | None, batches: Sequence[int] | None = None
+    ) -> Iterator[Weights]:
+        """The weights after every batch, merged at a pruning ratio or unmerged (None).
+
+        batches: only the changes of these, added in this order; all of them by default.
+        """
+        if batches is None:
+            batches = range(1, self.spec.num_batches + 1)
         if ratio is not None and self.spec.chain == "shadow":
             deltas = (self.delta(editor, batch) for batch in batches)
             yield from shadow_chain(self._merger(ratio), self.base, deltas)
