@@ -51,11 +51,36 @@ def dense(delta: Tensor | LowRank) -> Tensor:
     return delta.dense() if isinstance(delta, LowRank) else delta
 
 
+class Checkpoint(Protocol):
+    """Where a caller keeps the finished parts of one batch, so that a stopped batch goes on from them."""
+
+    def load(self, part: str) -> dict[str, Tensor] | None:
+        """A part as it was saved, on the CPU; None if it is still to be made."""
+        ...
+
+    def save(self, part: str, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+class _Nothing:
+    def load(self, part: str) -> None:
+        return None
+
+    def save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+
+NO_CHECKPOINT: Checkpoint = _Nothing()
+
+
 class EditStream(Protocol):
     """One model receiving edits in order; owns every cache that outlives a batch."""
 
-    def edit(self, requests: Sequence[EditRequest]) -> WeightDeltas:
-        """Write one batch into the model and return what was added to each parameter."""
+    def edit(self, requests: Sequence[EditRequest], checkpoint: Checkpoint = NO_CHECKPOINT) -> WeightDeltas:
+        """Write one batch into the model and return what was added to each parameter.
+
+        checkpoint: takes up what is done of the batch, of methods that have such parts. Used again for the
+        same batch on the same weights, it leads to the same bytes.
+        """
         ...
 
     def notes(self) -> dict[str, Any]:

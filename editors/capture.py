@@ -16,6 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from editors.sites import Sites
 
+EXPLODED = 1e6  # times a weight's norm; float32 keeps seven digits, so hardly one of the weight's is left
+
 
 class _Recorded(Exception):
     pass
@@ -185,6 +187,18 @@ def undone_on_failure(model: PreTrainedModel, names: Iterable[str]) -> Iterator[
     except BaseException:
         put(model, before)
         raise
+
+
+def check_written(model: PreTrainedModel, name: str, before: Tensor) -> None:
+    """Raise FloatingPointError if a parameter is not finite, or its change buries what was there before."""
+    weight = model.get_parameter(name).detach()
+    if not torch.isfinite(weight).all():
+        raise FloatingPointError(f"the update of {name} is not finite; the batch is undone")
+    change, size = (weight - before).norm().item(), before.norm().item()
+    if change > EXPLODED * size > 0:
+        raise FloatingPointError(
+            f"the update of {name} is {change / size:.0e} times as large as the weight; the batch is undone"
+        )
 
 
 @torch.no_grad()

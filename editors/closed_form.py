@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.api import (
+    NO_CHECKPOINT,
+    Checkpoint,
     Covariance,
     EditRequest,
     LowRank,
@@ -23,10 +25,10 @@ from editors.api import (
     WeightDeltas,
     dense,
 )
-from editors.capture import put, undone_on_failure
+from editors.capture import check_written, put, undone_on_failure
 from editors.contexts import BARE, Contexts, sample_contexts
 from editors.rows import SubjectRows
-from editors.sites import Place, Sites, sites_for
+from editors.sites import Place, Sites, device_of, sites_for
 from editors.targets import TargetConfig, Targets, TargetSource, optimise_targets
 
 
@@ -104,16 +106,17 @@ class ClosedFormStream(ABC):
 
     # -- what all share -----------------------------------------------------------------------------------
 
-    def edit(self, requests: Sequence[EditRequest]) -> WeightDeltas:
+    def edit(self, requests: Sequence[EditRequest], checkpoint: Checkpoint = NO_CHECKPOINT) -> WeightDeltas:
         """Write one batch into the model.
 
         Returns the changes in the parameters' stored shapes, low-rank where the method's are. Raises
-        FloatingPointError if an update is not finite, with the weights as they were before.
+        FloatingPointError if an update is not finite or explodes, with the weights as they were before.
+        checkpoint: holds the target values and each layer's update as they are done.
         """
         self._settle()
         layers = self.config.layers
         with undone_on_failure(self.model, map(self._name, layers)) as before:
-            deltas = self._walk(requests)
+            deltas = self._walk(requests, before, checkpoint)
             final = {name: self.committed(name, before[name], delta) for name, delta in deltas.items()}
             if not self.in_place:
                 put(self.model, before)
@@ -122,8 +125,10 @@ class ClosedFormStream(ABC):
         self._unsettled = list(requests) if self.remembers else []
         return final
 
-    def _walk(self, requests: Sequence[EditRequest]) -> dict[str, Tensor | LowRank]:
-        """Change layer after layer in place; the changes."""
+    def _walk(
+        self, requests: Sequence[EditRequest], before: Mapping[str, Tensor], checkpoint: Checkpoint
+    ) -> dict[str, Tensor | LowRank]:
+        """Change layer after layer in place, from the weights before the batch; the changes."""
         layers = self.config.layers
         rows = self._rows(requests, self.contexts)
         bare = self._rows(requests, self.bare)
@@ -132,22 +137,41 @@ class ClosedFormStream(ABC):
         for i, layer in enumerate(layers):
             z_layer = layer if self.own_targets else layers[-1]
             if i == 0 or self.own_targets:
-                self.targets = self.target_values(requests, z_layer)
+                part = f"targets.{z_layer}"
+                self.targets = self._kept_targets(checkpoint, part)
+                if self.targets is None:
+                    self.targets = self.target_values(requests, z_layer)
+                    checkpoint.save(part, vars(self.targets))
             assert self.targets is not None
+            name = self._name(layer)
             rows.advance(layer)
             bare.advance(layer)
-            residual = self.targets.values.T - bare.states(z_layer, self.place)  # (d_out, n)
-            residual = residual / self.spread(len(layers) - i)
-            name = self._name(layer)
-            delta = self.written(name, self._low_rank(residual, self.solve(layer, rows.keys())))
-            weight = self.model.get_parameter(name)
-            self._add(weight, delta)
-            if not torch.isfinite(weight).all():
-                raise FloatingPointError(f"the update of {name} is not finite; the batch is undone")
+            delta = self._kept_update(checkpoint, layer)
+            if delta is None:
+                residual = self.targets.values.T - bare.states(z_layer, self.place)  # (d_out, n)
+                residual = residual / self.spread(len(layers) - i)
+                delta = self.written(name, self._low_rank(residual, self.solve(layer, rows.keys())))
+                update = vars(delta) if isinstance(delta, LowRank) else {"dense": delta}
+                checkpoint.save(f"update.{layer}", update)
+            self._add(self.model.get_parameter(name), delta)
+            check_written(self.model, name, before[name])
             deltas[name] = delta
             if z_layer == layers[-1]:
                 tell(i + 1, len(layers))
         return deltas
+
+    def _kept_targets(self, checkpoint: Checkpoint, part: str) -> Targets | None:
+        kept = checkpoint.load(part)
+        device = device_of(self.model)
+        return None if kept is None else Targets(**{name: t.to(device) for name, t in kept.items()})
+
+    def _kept_update(self, checkpoint: Checkpoint, layer: int) -> Tensor | LowRank | None:
+        kept = checkpoint.load(f"update.{layer}")
+        if kept is None:
+            return None
+        device = device_of(self.model)
+        placed = {name: tensor.to(device) for name, tensor in kept.items()}
+        return placed["dense"] if "dense" in placed else LowRank(**placed)
 
     def notes(self) -> dict[str, Any]:
         """The context templates, and how the last batch's target values came out."""

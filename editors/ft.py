@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.answers import AnswerPass, AnswerRow, Objective, answer_rows, passes_of
 from editors.api import (
+    NO_CHECKPOINT,
+    Checkpoint,
     Covariance,
     EditorConfig,
     EditRequest,
@@ -24,7 +26,7 @@ from editors.api import (
     ReleasedAsEdited,
     WeightDeltas,
 )
-from editors.capture import frozen, undone_on_failure
+from editors.capture import check_written, frozen, undone_on_failure
 from editors.sites import Sites, sites_for
 
 
@@ -80,18 +82,18 @@ class FtStream:
         self.sites.check_layers(model, config.layers)
         self._notes: dict[str, Any] = {}
 
-    def edit(self, requests: Sequence[EditRequest]) -> WeightDeltas:
-        """Write one batch into the model.
+    def edit(self, requests: Sequence[EditRequest], checkpoint: Checkpoint = NO_CHECKPOINT) -> WeightDeltas:
+        """Write one batch into the model, all of it or nothing: no part is kept.
 
         Returns changes in the parameters' stored shapes. Raises FloatingPointError if a loss or an update
-        is not finite, with the weights as they were before.
+        is not finite, or an update explodes, with the weights as they were before.
         """
         rows = answer_rows(self.tokenizer, requests, self.config.objective)
         parameters = {name: self.model.get_parameter(name) for name in trained_names(self.config, self.sites)}
         with undone_on_failure(self.model, parameters) as start:
             with frozen(self.model), _trained(parameters.values()):
                 self._train(rows, parameters, start)
-            return {name: _settled(name, parameters[name], start[name]) for name in parameters}
+            return {name: _settled(self.model, name, start[name]) for name in parameters}
 
     def _train(
         self, rows: Sequence[AnswerRow], parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]
@@ -217,10 +219,10 @@ def _trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _settled(name: str, parameter: Tensor, start: Tensor) -> Tensor:
+def _settled(model: PreTrainedModel, name: str, start: Tensor) -> Tensor:
     """What was added; the parameter becomes exactly the sum of its start and that."""
-    delta = parameter - start
+    parameter = model.get_parameter(name)
+    delta = parameter.detach() - start
     parameter.copy_(start + delta)
-    if not torch.isfinite(parameter).all():
-        raise FloatingPointError(f"the update of {name} is not finite; the batch is undone")
+    check_written(model, name, start)
     return delta

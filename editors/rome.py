@@ -1,15 +1,17 @@
 """ROME (Meng et al. 2022, arXiv 2202.05262) and R-ROME (Gupta et al. 2024, arXiv 2403.07175)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from editors.api import EditRequest, LowRank
+from editors.api import Checkpoint, EditRequest, LowRank
+from editors.capture import check_written
 from editors.closed_form import ClosedFormEditor, ClosedFormStream
 from editors.contexts import Contexts, sample_rome_contexts
 from editors.linalg import cholesky
+from editors.sites import device_of
 from editors.targets import TargetConfig, Targets, concatenated
 
 
@@ -55,27 +57,42 @@ class RomeStream(ClosedFormStream):
 
     _factor: Tensor | None = None
 
-    def _walk(self, requests: Sequence[EditRequest]) -> dict[str, Tensor | LowRank]:
+    def _walk(
+        self, requests: Sequence[EditRequest], before: Mapping[str, Tensor], checkpoint: Checkpoint
+    ) -> dict[str, Tensor | LowRank]:
         """Rank one after rank one; together a change of rank n."""
         (layer,) = self.config.layers
-        weight = self.model.get_parameter(self._name(layer))
+        name = self._name(layer)
         tell = self._tell("target values")
         found: list[Targets] = []
         ranks: list[LowRank] = []
         for i, request in enumerate(requests):
-            found.append(self.target_values([request], layer))
-            ranks.append(self._rank_one(request, found[-1].values[0], layer))
-            self._add(weight, ranks[-1])
-            if not torch.isfinite(weight).all():
-                raise FloatingPointError(
-                    f"case {request.case_id}: the update of {self._name(layer)} is not finite; "
-                    "the batch is undone"
-                )
+            done = self._kept(checkpoint, i)
+            if done is None:
+                targets = self.target_values([request], layer)
+                done = targets, self._rank_one(request, targets.values[0], layer)
+                checkpoint.save(f"edit.{i}", vars(done[0]) | vars(done[1]))
+            found.append(done[0])
+            ranks.append(done[1])
+            self._add(self.model.get_parameter(name), ranks[-1])
+            try:
+                check_written(self.model, name, before[name])
+            except FloatingPointError as error:
+                raise FloatingPointError(f"case {request.case_id}: {error}") from None
             tell(i + 1, len(requests))
         self.targets = concatenated(found)
         left = torch.cat([rank.left for rank in ranks], dim=1)
         right = torch.cat([rank.right for rank in ranks], dim=0)
-        return {self._name(layer): LowRank(left, right)}
+        return {name: LowRank(left, right)}
+
+    def _kept(self, checkpoint: Checkpoint, i: int) -> tuple[Targets, LowRank] | None:
+        """Target values and change of a batch's edit that was done before."""
+        kept = checkpoint.load(f"edit.{i}")
+        if kept is None:
+            return None
+        placed = {name: tensor.to(device_of(self.model)) for name, tensor in kept.items()}
+        rank = LowRank(placed.pop("left"), placed.pop("right"))
+        return Targets(**placed), rank
 
     def _rank_one(self, request: EditRequest, wanted: Tensor, layer: int) -> LowRank:
         """The change of one edit; wanted: v* (d_out,)."""

@@ -27,6 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.answers import AnswerPass, AnswerRow, answer_rows, passes_of
 from editors.api import (
+    NO_CHECKPOINT,
+    Checkpoint,
     Covariance,
     EditRequest,
     LowRank,
@@ -36,7 +38,7 @@ from editors.api import (
     check_layers,
     dense,
 )
-from editors.capture import frozen, inputs_of, outputs_of, undone_on_failure
+from editors.capture import check_written, frozen, inputs_of, outputs_of, undone_on_failure
 from editors.sites import Sites, device_of, sites_for
 
 DEVIATION_FLOOR = torch.finfo(torch.float32).eps  # added to a standard deviation, as the published code does
@@ -161,25 +163,24 @@ class UltraEditStream:
         self._moments: dict[str, Moments] = {}  # shape or module -> moments
         self._notes: dict[str, Any] = {}
 
-    def edit(self, requests: Sequence[EditRequest]) -> WeightDeltas:
-        """Write one batch into the model.
+    def edit(self, requests: Sequence[EditRequest], checkpoint: Checkpoint = NO_CHECKPOINT) -> WeightDeltas:
+        """Write one batch into the model, all of it or nothing: no part is kept.
 
         Returns changes in the parameters' stored shapes. Raises FloatingPointError if a feature or an
-        update is not finite, with the weights and the moments as they were before.
+        update is not finite, or an update explodes, with the weights and the moments as they were before.
         """
         features = self._features(answer_rows(self.tokenizer, requests, "target_new"))
         moments = self._joined(features)
         deltas: dict[str, Tensor | LowRank] = {}
         norms: dict[str, float] = {}
-        with undone_on_failure(self.model, (f"{module}.weight" for module in self.modules)):
+        with undone_on_failure(self.model, (f"{module}.weight" for module in self.modules)) as before:
             for i, module in enumerate(self.modules):
                 name, own = f"{module}.weight", features[module]
                 values = pseudo_values(own, moments[self._key(module, own)], self.config.learning_rate)
                 weight = self.model.get_parameter(name)
                 delta = self._stored(ridge_shift(own.inputs, values, self.config.ridge), weight)
                 norms[name] = _add(weight, delta)
-                if not torch.isfinite(weight).all():
-                    raise FloatingPointError(f"the update of {name} is not finite; the batch is undone")
+                check_written(self.model, name, before[name])
                 deltas[name] = delta
                 self._tell("updates", i + 1, len(self.modules))
         self._moments = moments

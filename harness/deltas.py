@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from editors import LowRank, WeightDeltas, dense
 from harness.models import update_digest
-from harness.paths import write_tensors
+from harness.paths import read_tensors, write_tensors
 
 UNDIGESTED = {"editor", "case_ids", "digest_before", "digest_after"}  # all that such a file says
 
@@ -19,6 +20,11 @@ UNDIGESTED = {"editor", "case_ids", "digest_before", "digest_after"}  # all that
 def delta_path(folder: Path, chain: str, batch: int) -> Path:
     """File of one batch (from 1); chain: an editor's name, with "+MM" behind it under the merged chain."""
     return folder / "deltas" / chain / f"batch-{batch:04d}.safetensors"
+
+
+def parts_folder(folder: Path, chain: str, batch: int) -> Path:
+    """Folder of what an unfinished batch (from 1) has reached."""
+    return folder / "state" / chain / f"batch-{batch:04d}"
 
 
 def state_path(folder: Path, chain: str) -> Path:
@@ -37,11 +43,16 @@ def write_delta(
         else:
             tensors[name] = change
     metadata = {"editor": editor, "case_ids": json.dumps(list(case_ids)), **more}
-    write_tensors(path, tensors, metadata | {"digest": _digest(tensors, metadata)})
+    _write(path, tensors, metadata)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A file with a digest of all that it says."""
+    write_tensors(path, tensors, {**metadata, "digest": _digest(tensors, metadata)})
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over what a delta's file holds, its own digest left out."""
+    """SHA-256 over what a file holds, its own digest left out."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         update_digest(digest, name, tensor)
@@ -56,14 +67,7 @@ def stored_delta(path: Path) -> tuple[dict[str, Tensor | LowRank], dict[str, str
     Raises ValueError in one line if the file cannot be read, or is not as it was written (where it has a
     digest of itself; files of older versions have none).
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    tensors, metadata = read_tensors(path)
     if "digest" not in metadata and metadata.keys() <= UNDIGESTED:
         pass  # as older versions wrote it
     elif metadata.get("digest") != _digest(tensors, metadata):
@@ -97,14 +101,48 @@ def multiplied_out(delta: WeightDeltas, device: torch.device) -> dict[str, Tenso
     }
 
 
+@dataclass(frozen=True)
+class BatchCheckpoint:
+    """The finished parts of one batch, a file each, until the batch is on disk as a whole."""
+
+    folder: Path
+    identity: Mapping[str, str]  # what the batch starts from; parts of anything else are made anew
+
+    def load(self, part: str) -> dict[str, Tensor] | None:
+        """A part as it was saved; ValueError if its file is broken."""
+        path = self._path(part)
+        if not path.is_file():
+            return None
+        tensors, metadata = read_tensors(path)
+        if metadata.pop("digest", None) != _digest(tensors, metadata):
+            raise ValueError(f"{path} was changed after it was written; delete it to have it made anew")
+        return tensors if metadata == self.identity else None
+
+    def save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a part."""
+        _write(self._path(part), tensors, self.identity)
+
+    def clear(self) -> None:
+        """Remove all parts: the batch is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{part}.safetensors"
+
+
 def write_state(path: Path, state: Mapping[str, Tensor], batches: int) -> None:
     """Store an editor's state after some batches."""
-    write_tensors(path, state, {"batches": str(batches)})
+    _write(path, state, {"batches": str(batches)})
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], int]:
-    """An editor's state, and after how many batches; nothing and 0 if there is none."""
+    """An editor's state, and after how many batches; nothing and 0 if there is none.
+
+    Raises ValueError if the file is broken (older versions gave it no digest).
+    """
     if not path.is_file():
         return {}, 0
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["batches"])  # noqa: SIM118
+    state, metadata = read_tensors(path)
+    if metadata.get("digest", "") not in ("", _digest(state, metadata)):
+        raise ValueError(f"{path} was changed after it was written; --fresh begins anew")
+    return state, int(metadata["batches"])

@@ -22,6 +22,9 @@ from reports.record import SCHEMA_VERSION, Record
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "sentence-transformers")
 LOCK = ".lock"
 SESSION = ("commit", "dirty", "python", "packages", "threads")  # may differ where a run was continued
+STAGES = {  # version of each stage's code: rises when what it leaves on disk would be another
+    "editing": 1, "merging": 1, "routing": 1, "scoring": 1, "statistics": 1, "tasks": 1, "texts": 1,
+}  # fmt: skip
 FOLDERS = ("deltas", "state", "scores", "figures")
 FILES = ("run.json", "records.jsonl", "cases.jsonl.gz", "report.md", "report.tex", "report.html")
 
@@ -77,6 +80,7 @@ class RunFolder:
                 "run_id": spec.digest(),
                 "status": "running",
                 "spec": plain,
+                "stages": STAGES,
                 "model_note": MODELS[spec.model].note if spec.model in MODELS else None,
                 "provenance": info.get("provenance", dict(provenance)),
                 "sessions": [*info.get("sessions", []), session],
@@ -160,16 +164,18 @@ def _same_run(path: Path, plain: Mapping[str, Any]) -> dict[str, Any]:
         then = dict(info["spec"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is broken; give another --out, or --fresh to begin anew") from None
-    differ = [
-        f"{name}: {then.get(name)!r} there, {plain.get(name)!r} now"
-        for name in sorted(then.keys() | plain.keys())
-        if then.get(name) != plain.get(name)
-    ]
-    if differ:
-        raise SpecMismatchError(
-            f"folder {path.parent} holds a run of another spec ({'; '.join(differ)}); "
-            "give another --out, or --fresh to begin anew"
-        )
+    stages = info.get("stages", dict.fromkeys(STAGES, 1))
+    for what, there, now in (("spec", then, plain), ("version of the code", stages, STAGES)):
+        differ = [
+            f"{name}: {there.get(name)!r} there, {now.get(name)!r} now"
+            for name in sorted(there.keys() | now.keys())
+            if there.get(name) != now.get(name)
+        ]
+        if differ:
+            raise SpecMismatchError(
+                f"folder {path.parent} holds a run of another {what} ({'; '.join(differ)}); "
+                "give another --out, or --fresh to begin anew"
+            )
     return info
 
 

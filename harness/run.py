@@ -1,6 +1,7 @@
 """Carry out a grid: edit once per chain, score each weight set once, and read every cell off the outcomes."""
 
 import gc
+import json
 import logging
 import resource
 import time
@@ -18,7 +19,15 @@ from editors.sites import sites_for
 from harness import onednn
 from harness.cells import RecordMaker, Row
 from harness.data import EditCase, KnowEditCase, load_dataset, prompt_rows, select
-from harness.deltas import delta_path, read_state, state_path, write_delta, write_state
+from harness.deltas import (
+    BatchCheckpoint,
+    delta_path,
+    parts_folder,
+    read_state,
+    state_path,
+    write_delta,
+    write_state,
+)
 from harness.encoders import encoder
 from harness.folder import RunFolder, SpecMismatchError, provenance
 from harness.generation import Consistency, load_references, sample_texts, text_rows
@@ -371,13 +380,19 @@ class _Run:
                 seed=self.spec.seed,
                 progress=lambda what, part, of: self._tell(stage, what, part / of),
             )
-            if done:
+            if done or state:
                 stream.restore(state)
                 self._restore(weights)
+            else:
+                write_state(state_path(self.out, chain), stream.state(), 0)
             start = time.perf_counter()
             for batch in range(done + 1, len(self.batches) + 1):
                 stage.update(batch - 1)
-                weights = self._edit_batch(stream, editor, chain, batch, weights, ratio)
+                try:
+                    weights = self._edit_batch(stream, editor, chain, batch, weights, ratio)
+                except FloatingPointError as error:
+                    kept = f"; those before it are kept: 1 to {batch - 1}" if batch > 1 else ""
+                    raise FloatingPointError(f"batch {batch}: {error}{kept}") from error
             seconds = time.perf_counter() - start
             edited = (len(self.batches) - done) * self.spec.batch_size
             self._measured(chain, edit_seconds_per_edit=seconds / edited, **stream.notes())
@@ -388,8 +403,12 @@ class _Run:
     ) -> Weights:
         """Write one batch (from 1) into the model and onto disk; the weights after it."""
         cases = self.batches[batch - 1]
-        before = tensors_digest(weights)
-        delta = stream.edit([case.request for case in cases])
+        ids, run_id, before = [c.case_id for c in cases], self.folder.info["run_id"], tensors_digest(weights)
+        checkpoint = BatchCheckpoint(
+            parts_folder(self.out, chain, batch),
+            {"run": run_id, "case_ids": json.dumps(ids), "digest_before": before},
+        )
+        delta = stream.edit([case.request for case in cases], checkpoint)
         after = self.replay.after(weights, {name: dense(change) for name, change in delta.items()}, ratio)
         if ratio is not None:
             self._restore(after)
@@ -397,12 +416,14 @@ class _Run:
             delta_path(self.out, chain, batch),
             delta,
             editor=editor,
-            case_ids=[case.case_id for case in cases],
+            case_ids=ids,
+            run=run_id,
             digest_before=before,
             digest_after=tensors_digest(after),
         )
         if batch < len(self.batches):
             write_state(state_path(self.out, chain), stream.state(), batch)
+        checkpoint.clear()
         return after
 
     def _resumed(self, chain: str, ratio: float | None) -> tuple[Weights, dict[str, Tensor], int]:
@@ -413,12 +434,14 @@ class _Run:
         state: dict[str, Tensor] = {}
         if done < len(self.batches):
             state, settled = read_state(state_path(self.out, chain))
-            done = settled if settled <= done else 0  # a state beyond the last delta fits none before it
+            if settled > done:  # a state beyond the last delta fits none before it
+                state, settled = {}, 0
+            done = settled
         weights = dict(self.base)
         for batch in range(1, done + 1):
             delta = self.replay.delta(chain, batch, before=tensors_digest(weights))
             weights = self.replay.after(weights, delta, ratio)
-        return weights, state if done else {}, done
+        return weights, state, done
 
     def _restore(self, weights: Weights) -> None:
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """What every editor owes: the shared suite, and the editors against literal one-by-one updates."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import reference, tiny
-from editors import EDITORS, EditRequest, dense
+from editors import EDITORS, EditRequest, LowRank, dense
 from editors.api import Covariance
 from editors.closed_form import ClosedFormEditor
 from editors.contexts import Contexts, sample_contexts, sample_rome_contexts
@@ -113,6 +113,66 @@ def test_a_restored_stream_goes_on_bit_for_bit(name: str) -> None:
             value.copy_(between[n])
     found = again.edit(third)
     assert all(torch.equal(dense(expected[n]), dense(found[n])) for n in expected)
+
+
+class Stopping:
+    """A checkpoint in memory that stops the batch once it has so many parts."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        self.at = 0
+
+    def load(self, part: str) -> dict[str, Tensor] | None:
+        return self.parts.get(part)
+
+    def save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        assert part not in self.parts
+        self.parts[part] = {n: tensor.clone() for n, tensor in tensors.items()}
+        if len(self.parts) == self.at:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_batch_goes_on_from_its_parts_bit_for_bit(name: str) -> None:
+    first, second, _ = batches()
+    tokenizer = tiny.tiny_tokenizer(bos=True)
+    model = tiny.tiny_model("llama")
+    editing = stream(name, model, tokenizer)
+    editing.edit(first)
+    before = weights(model)
+    whole = Stopping()
+    expected = editing.edit(second, whole)
+    state = editing.state()
+    assert len(whole.parts) == {"ft": 0, "ultraedit": 0}.get(
+        name, 3 if "rome" in name else 4 if "+blue" in name else 1 + len(LAYERS)
+    )
+
+    model = tiny.tiny_model("llama")
+    again = stream(name, model, tokenizer)
+    again.edit(first)
+    checkpoint = Stopping()
+    for checkpoint.at in range(1, len(whole.parts) + 1):
+        with pytest.raises(KeyboardInterrupt):
+            again.edit(second, checkpoint)
+        assert all(torch.equal(before[n], value) for n, value in weights(model).items())
+    found = again.edit(second, checkpoint)
+    assert all(torch.equal(dense(expected[n]), dense(found[n])) for n in expected)
+    assert all(torch.equal(value, state[n]) for n, value in again.state().items())
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_an_update_that_explodes_is_undone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.tiny_model("gpt2"), tiny.tiny_tokenizer(bos=False)
+    editing = stream(name, model, tokenizer)
+    solve = editing.solve
+    monkeypatch.setattr(editing, "solve", lambda layer, keys: solve(layer, keys) * 1e12)
+    if "rome" in name:  # its change does not depend on the length of what it solves for
+        monkeypatch.setattr(
+            editing, "_low_rank", lambda *args: LowRank(torch.full((48, 1), 1e5), torch.full((1, 32), 1e5))
+        )
+    before = weights(model)
+    with pytest.raises(FloatingPointError, match="times as large as the weight; the batch is undone"):
+        editing.edit(next(batches()))
+    assert all(torch.equal(before[n], value) for n, value in weights(model).items())
 
 
 @pytest.mark.parametrize("name", CLOSED)

@@ -26,7 +26,8 @@ from benchmarks.tiny import (
 )
 from editors import EDITORS
 from harness import ablation
-from harness.deltas import delta_path, read_delta
+from harness.deltas import BatchCheckpoint, delta_path, read_delta
+from harness.folder import STAGES
 from harness.generation import fluency
 from harness.models import load_model, tensors_digest
 from harness.paths import read_lines
@@ -704,6 +705,31 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert_same(tmp_path / "run", done)
 
 
+@pytest.mark.parametrize("at", [1, 5, 7])
+def test_a_stopped_batch_goes_on_from_its_parts(
+    grid: Grid, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The parts saved before the stop are used, not made again, and none is left at the end."""
+    calls = [0]
+    made: list[str] = []
+    plain = BatchCheckpoint.save
+
+    def stop(self: BatchCheckpoint, part: str, tensors: Any) -> None:
+        calls[0] += 1
+        made.append(f"{self.folder.parent.name}/{self.folder.name}/{part}")
+        plain(self, part, tensors)
+        if calls[0] == at:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(BatchCheckpoint, "save", stop)
+    assert grid.run(out, *MANY) == 130
+    assert grid.run(out, *MANY) == 0
+    assert len(set(made)) == len(made)
+    assert not list((out / "state").rglob("batch-*"))
+    assert_same(out, done)
+
+
 HOLDER = """
 import sys, time
 from filelock import FileLock
@@ -739,6 +765,16 @@ def test_another_spec_in_the_same_folder_is_refused_with_the_differences(
     assert "chain: 'shadow' there, 'merged' now" in error
     assert "--fresh" in error
     assert_same(copied, done)
+
+
+def test_another_version_of_a_stage_is_refused(
+    grid: Grid, copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(STAGES, "scoring", 2)
+    assert grid.run(copied, *MANY) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "another version of the code (scoring: 1 there, 2 now)" in error
 
 
 def test_fresh_begins_anew(grid: Grid, done: Path, copied: Path) -> None:

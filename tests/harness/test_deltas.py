@@ -9,7 +9,15 @@ from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from editors import LowRank, dense
-from harness.deltas import delta_path, read_delta, read_state, state_path, write_delta, write_state
+from harness.deltas import (
+    BatchCheckpoint,
+    delta_path,
+    read_delta,
+    read_state,
+    state_path,
+    write_delta,
+    write_state,
+)
 
 
 def low_rank(rows: int, columns: int, rank: int = 3) -> LowRank:
@@ -95,3 +103,30 @@ def test_a_state_comes_back_with_its_batch(tmp_path: Path) -> None:
     write_state(path, {"contexts": state["contexts"]}, 3)
     assert read_state(path)[1] == 3
     assert set(read_state(path)[0]) == {"contexts"}
+
+
+def test_a_batchs_parts_belong_to_what_it_started_from(tmp_path: Path) -> None:
+    folder = tmp_path / "state" / "memit" / "batch-0002"
+    checkpoint = BatchCheckpoint(folder, {"run": "a", "digest_before": "x"})
+    assert checkpoint.load("targets.3") is None
+    checkpoint.save("targets.3", {"values": torch.eye(2)})
+    found = checkpoint.load("targets.3")
+    assert found is not None and torch.equal(found["values"], torch.eye(2))
+    assert BatchCheckpoint(folder, {"run": "a", "digest_before": "y"}).load("targets.3") is None
+    checkpoint.clear()
+    assert not folder.exists()
+
+
+def test_broken_parts_and_states_are_refused(tmp_path: Path) -> None:
+    checkpoint = BatchCheckpoint(tmp_path, {"run": "a"})
+    checkpoint.save("update.1", {"dense": torch.ones(4)})
+    write_state(state_path(tmp_path, "memit"), {"keys.1": torch.ones(4)}, 2)
+    assert read_state(state_path(tmp_path, "memit"))[1] == 2
+    for path in (tmp_path / "update.1.safetensors", state_path(tmp_path, "memit")):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"update\.1.*was changed after it was written; delete it"):
+        checkpoint.load("update.1")
+    with pytest.raises(ValueError, match=r"memit.*was changed after it was written; --fresh"):
+        read_state(state_path(tmp_path, "memit"))
