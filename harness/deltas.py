@@ -43,10 +43,10 @@ def write_delta(
         else:
             tensors[name] = change
     metadata = {"editor": editor, "case_ids": json.dumps(list(case_ids)), **more}
-    _write(path, tensors, metadata)
+    write_digested(path, tensors, metadata)
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_digested(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A file with a digest of all that it says."""
     write_tensors(path, tensors, {**metadata, "digest": _digest(tensors, metadata)})
 
@@ -120,7 +120,7 @@ class BatchCheckpoint:
 
     def save(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a part."""
-        _write(self._path(part), tensors, self.identity)
+        write_digested(self._path(part), tensors, self.identity)
 
     def clear(self) -> None:
         """Remove all parts: the batch is done."""
@@ -132,7 +132,7 @@ class BatchCheckpoint:
 
 def write_state(path: Path, state: Mapping[str, Tensor], batches: int) -> None:
     """Store an editor's state after some batches."""
-    _write(path, state, {"batches": str(batches)})
+    write_digested(path, state, {"batches": str(batches)})
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], int]:

@@ -464,6 +464,8 @@ def _write(ledger: Ledger, args: argparse.Namespace, batches: Sequence[int], wha
     for after in replay.history(weights_of.editor, weights_of.ratio, batches):
         weights = after
     weights, _ = replay.released(weights_of.editor, weights_of.ratio, weights)
+    if args.sparse:
+        return _write_sparse(ledger, args, weights_of, loaded, weights, batches, what)
     for name, value in weights.items():  # exchanged by name; the model's own are gone with the last reference
         parameter = loaded.model.get_parameter(name)
         parameter.data = value.to(parameter.dtype)
@@ -473,6 +475,43 @@ def _write(ledger: Ledger, args: argparse.Namespace, batches: Sequence[int], wha
     )
     _save(out, loaded, _tokenizer(ledger), card)
     print(f"{out}: {ledger.spec.model} edited with {weights_of.editor}, cell {args.cell}, {what}")
+    return 0
+
+
+def _write_sparse(
+    ledger: Ledger,
+    args: argparse.Namespace,
+    weights_of: Chain,
+    loaded: "LoadedModel",
+    weights: Mapping[str, "Tensor"],
+    batches: Sequence[int],
+    what: str,
+) -> int:
+    """Write the entries alone that some weights have changed in the unedited model."""
+    from harness.deltas import write_digested
+    from harness.models import tensors_digest
+    from harness.sparse import changed_entries
+
+    dtype = loaded.model.dtype
+    after = {name: value.to(dtype) for name, value in weights.items()}
+    before = {name: loaded.model.get_parameter(name).to(dtype) for name in after}
+    entries = changed_entries(before, after)
+    said = {
+        "base_model_digest": ledger.model["digest"],
+        "case_ids": json.dumps([ledger.case_ids(batch) for batch in batches]),
+        "cell": args.cell,
+        "digest_after": tensors_digest(after),
+        "editor": weights_of.editor,
+        "pruning_ratio": json.dumps(weights_of.ratio),
+        "run": ledger.info["run_id"],
+    }
+    write_digested(args.out, entries, said)
+    changed = sum(len(tensor) for name, tensor in entries.items() if name.endswith(".values"))
+    total = sum(value.numel() for value in after.values())
+    print(
+        f"{args.out}: {changed:,} of {total:,} entries ({100 * changed / total:.1f} %) that "
+        f"{weights_of.editor}, cell {args.cell}, changes in {ledger.spec.model}, {what}"
+    )
     return 0
 
 
@@ -644,7 +683,10 @@ def _parser() -> OneLineParser:
         "--drop", type=int, metavar="K", required=True, action="append", help="a batch; may be repeated"
     )
     for name in ("rollback", "replay", "export"):
-        added[name].add_argument("--out", type=Path, metavar="FOLDER", required=True, help="is made")
+        added[name].add_argument("--out", type=Path, metavar="PATH", required=True, help="is made")
+        added[name].add_argument(
+            "--sparse", action="store_true", help="a safetensors file of the changed entries alone"
+        )
         added[name].add_argument("--cell", choices=CELLS, default="baseline", help="default: %(default)s")
         added[name].add_argument(
             "--pruning-ratio", type=float, metavar="R", help="of +MM; default: the run's first"

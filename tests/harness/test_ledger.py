@@ -18,8 +18,9 @@ from benchmarks.tiny import HashedWords, tiny_model, tiny_records, tiny_texts, t
 from harness import ledger
 from harness.ablation import main as ablation
 from harness.deltas import delta_path, read_delta, stored_delta, write_delta
-from harness.models import find_model, load_model, weights_in_place
+from harness.models import find_model, load_model, tensors_digest, weights_in_place
 from harness.paths import write_json, write_tensors
+from harness.sparse import changed_entries, with_entries
 from merging import MERGERS
 
 BATCHES, SIZE = 3, 2
@@ -170,6 +171,54 @@ def test_an_export_is_what_was_evaluated(
             assert torch.equal(load_file(out / "model.safetensors")[parameter], value.to(dtype))
     assert [path.name for path in out.parent.iterdir()] == ["export"]
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # readable for all or for none
+
+
+@pytest.mark.parametrize(("run", "editor", "cell", "name"), CELLS, ids=[name for *_, name in CELLS])
+def test_changed_entries_alone_give_what_was_evaluated(
+    request: pytest.FixtureRequest,
+    place: Place,
+    tmp_path: Path,
+    run: str,
+    editor: str,
+    cell: list[str],
+    name: str,
+) -> None:
+    folder, out = request.getfixturevalue(run), tmp_path / "edits.safetensors"
+    assert call(folder, "export", "--sparse", "--editor", editor, *cell, "--out", out) == 0
+    wanted = place.evaluated[folder][name, BATCHES]
+    unedited = place.evaluated[folder]["unedited", BATCHES]
+    entries = load_file(out)
+    found = {n: w.clone() for n, w in unedited.items()}
+    for n, w in found.items():
+        if f"{n}.indices" in entries:
+            w.view(-1)[entries[f"{n}.indices"].long()] = entries[f"{n}.values"]
+    assert_equal(found, wanted)
+    assert_equal(unedited | dict(with_entries(unedited, entries)), wanted)
+    changed = sum(int((unedited[n] != w).sum()) for n, w in wanted.items())
+    assert sum(len(e) for n, e in entries.items() if n.endswith(".values")) == changed
+    if name == "alphaedit+MM":  # what is kept of each batch at a pruning ratio of 0.85
+        assert changed <= BATCHES * 0.16 * sum(wanted[n].numel() for n in wanted if f"{n}.values" in entries)
+    with safe_open(out, framework="pt") as file:
+        said = file.metadata()
+    assert (
+        said["base_model_digest"]
+        == json.loads((folder / "run.json").read_text())["provenance"]["model"]["digest"]
+    )
+    assert said["digest_after"] == tensors_digest(wanted)
+    assert call(folder, "export", "--sparse", "--out", out) == 2  # it is there
+
+
+def test_entries_of_another_model_are_refused() -> None:
+    before, after = (
+        {"w": torch.zeros(2, 3)},
+        {"w": torch.tensor([[0.0, -0.0, 1.0], [float("nan"), 0.0, 2.0]])},
+    )
+    entries = changed_entries(before, after)
+    assert entries["w.indices"].tolist() == [1, 2, 3, 5]
+    with pytest.raises(ValueError, match="'w' is not in the model"):
+        dict(with_entries({"v": torch.zeros(6)}, entries))
+    with pytest.raises(ValueError, match="has 4 entries"):
+        dict(with_entries({"w": torch.zeros(2, 2)}, entries))
 
 
 def test_rolled_back_and_replayed_weights_are_the_runs(shadow: Path, place: Place, tmp_path: Path) -> None:
