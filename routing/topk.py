@@ -7,7 +7,7 @@ query goes to the edited model exactly if W+ >= W-.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,8 @@ from routing.api import Decision
 
 _CLIP = 10.0  # labels that all agree have no finite minimiser
 _SPARE = 8  # candidates beyond k that float32 similarities hand on
-_NOISE = 1e-5  # far more than float32 products of unit vectors are off
+_NOISE = 1e-5  # far more than two float32 products of unit vectors are off
+_SCREENED = 1000  # corpus texts from which bfloat16 products pay
 _CELLS = 2**24  # similarities held at a time, 64 MiB
 _QUERIES = 256  # queries searched at a time; what is weighed again stays in the cache
 
@@ -43,8 +44,9 @@ class TopK:
     with the largest single weight answers. Without any positive in the corpus everything goes to the
     unedited model, with the lowest score. A k beyond the corpus lets the whole corpus vote.
 
-    Similarities are searched by float32 matrix products and the nearest texts weighed again in float64, so
-    that decisions do not depend on how many queries are asked together.
+    Similarities are searched by float32 matrix products (in bfloat16 where a CPU has instructions for it, and
+    its error bounds what is then left out) and the nearest texts weighed again in float64, so that decisions
+    depend neither on that nor on how many queries are asked together.
     """
 
     def __init__(self, config: TopKConfig, embed: Callable[[Sequence[str]], Tensor]) -> None:
@@ -54,6 +56,7 @@ class TopK:
         self._experts: list[str | None] = []  # by corpus position
         self._positive: NDArray[np.bool_] = np.empty(0, dtype=bool)  # by corpus position, an expert is named
         self._parts: list[Tensor] = []  # unit vectors, (n, d) in all, in order of position
+        self._rough: Tensor | None = None  # them in bfloat16, where that is searched first
 
     def add(self, expert: str | None, texts: Sequence[str]) -> None:
         if texts:
@@ -98,22 +101,18 @@ class TopK:
 
         queries: (queries, d), unit length.
         """
-        corpus = self._corpus()
+        corpus, rough = self._corpus(), self._rough_corpus()
         k = min(k, len(corpus))
-        breadth = min(k + _SPARE, len(corpus))
-        weights, places = [], []
-        for chunk in torch.split(queries, max(1, min(_QUERIES, _CELLS // len(corpus)))):
-            similarities = chunk @ corpus.T
-            values, found = similarities.topk(breadth, dim=1)
-            floor = values[:, k - 1] - _NOISE  # whatever is nearer than this may be among the k nearest
-            chunk_weights, chunk_places = self._ranked(chunk, found, k)
-            if breadth < len(corpus):
-                for row in (values[:, -1] >= floor).nonzero().flatten().tolist():  # more than were taken
-                    crowd = (similarities[row] >= floor[row]).nonzero().T
-                    chunk_weights[row], chunk_places[row] = self._ranked(chunk[row : row + 1], crowd, k)
-            weights.append(chunk_weights)
-            places.append(chunk_places)
-        return np.concatenate(weights), np.concatenate(places)
+        weights = np.empty((len(queries), k))
+        places = np.empty((len(queries), k), dtype=np.int64)
+        size = max(1, min(_QUERIES, _CELLS // len(corpus)))
+        for start in range(0, len(queries), size):
+            chunk = queries[start : start + size]
+            similarities = chunk @ corpus.T if rough is None else chunk.to(rough.dtype) @ rough.T
+            for rows, found in _candidates(similarities, k):
+                at = start + rows.cpu().numpy()
+                weights[at], places[at] = self._ranked(chunk[rows], found, k)
+        return weights, places
 
     def _ranked(
         self, queries: Tensor, found: Tensor, k: int
@@ -131,6 +130,15 @@ class TopK:
             self._parts = [torch.cat(self._parts)]
         return self._parts[0]
 
+    def _rough_corpus(self) -> Tensor | None:
+        """The corpus in bfloat16 if it is large and this CPU is faster with it."""
+        corpus = self._corpus()
+        if len(corpus) < _SCREENED or corpus.device.type != "cpu" or not _bfloat16_is_fast():
+            return None
+        if self._rough is None or len(self._rough) < len(corpus):
+            self._rough = corpus.bfloat16()
+        return self._rough
+
     def _directions(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), d) of unit length in float32."""
         vectors = self._embed(texts).float()
@@ -145,6 +153,42 @@ class TopK:
             text = texts[int(unusable.nonzero()[0])]
             raise ValueError(f"the embedding of {text!r} is zero or not finite, so it has no direction")
         return torch.div(vectors, lengths)
+
+
+def _candidates(similarities: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows, and (rows, m) the positions among which their k nearest are; every row once.
+
+    similarities: (rows, corpus), products of unit vectors in float32 or bfloat16.
+    """
+    columns = similarities.shape[1]
+    rows = torch.arange(len(similarities), device=similarities.device)
+    for breadth in (k + _SPARE, 8 * (k + _SPARE)):
+        left = similarities if len(rows) == len(similarities) else similarities[rows]
+        values, found = left.topk(min(breadth, columns), dim=1)
+        if breadth >= columns:
+            yield rows, found
+            return
+        done = values[:, -1].float() < _floor(values[:, k - 1])
+        yield rows[done], found[done]
+        rows = rows[~done]
+        if not len(rows):
+            return
+    for row in rows:
+        own = similarities[row]
+        yield row[None], (own.float() >= _floor(own.topk(k).values[-1])).nonzero().T
+
+
+def _floor(kth: Tensor) -> Tensor:
+    """What a similarity must reach to be that of a text among the k nearest, given the k-th largest."""
+    value = kth.float()
+    if kth.dtype != torch.bfloat16:
+        return value - _NOISE
+    # either of two products is off by 2^-8 of |q||e| = 1 from rounding the vectors, and by 2^-9 of itself
+    return value - (2**-7 + 2**-8 * value.abs() + _NOISE)
+
+
+def _bfloat16_is_fast() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _score(edited: float, unedited: float) -> float:

@@ -179,6 +179,29 @@ def test_the_search_is_exact() -> None:
     ]
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.1, 1e-2, 1e-4, 0.0], ids=str)
+@pytest.mark.parametrize("fast", [True, False], ids=["bfloat16", "float32"])
+def test_a_rough_search_first_finds_the_same_neighbours(
+    spread: float, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On crowds of texts that bfloat16 cannot tell apart, equal ones included."""
+    monkeypatch.setattr(topk, "_bfloat16_is_fast", lambda: fast)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(30, 24, generator=generator).repeat(60, 1)
+    vectors = centres + spread * torch.randn(1800, 24, generator=generator)
+    router = TopK(TopKConfig(), lambda texts: vectors[[int(text) for text in texts]])
+    router.add("edited", [str(i) for i in range(800)])
+    router.add(None, [str(i) for i in range(800, 1600)])
+    assert (router._rough_corpus() is not None) == fast
+    asked = [str(i) for i in range(1500, 1800)]
+    exact = torch.nn.functional.normalize(vectors, dim=1).double()
+    exact = exact[1500:] @ exact[:1600].T
+    for k in (1, 2, 7):
+        for row, decision in zip(exact, router.route_many(asked, (k,))[k], strict=True):
+            found = row[list(decision.nearest)]
+            torch.testing.assert_close(found, row.topk(k).values, rtol=0, atol=1e-12)
+
+
 def test_only_directions_count() -> None:
     router = random_router(11, 30, 30, 8, coarse=False)
     embed = router._embed
