@@ -29,7 +29,7 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all cells done, 1 some failed, 2 the arguments are wrong."""
+    """Exit status: 0 all cells done, 1 some failed or the disk did, 2 the arguments are wrong."""
     parser = _parser()
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refused(error)
     for job in jobs:
+        base = job.folder if len(jobs) == 1 else job.folder.parent
         try:
             failed = run_grid(
                 job.spec, out=job.folder, data=job.data, hyperparameters=job.hyperparameters,
@@ -58,9 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _refused(error)
             continue
         except KeyboardInterrupt:
-            base = job.folder if len(jobs) == 1 else job.folder.parent
-            print(f"harness.ablation: stopped; the same command with --out {base} goes on", file=sys.stderr)
-            return 130
+            return _stopped("stopped", base, 130)
+        except OSError as error:  # the disk is full, say: the other runs need it too
+            logging.getLogger(__name__).info("stopped", exc_info=error)
+            return _stopped(f"stopped: {one_line(str(error))}", base, 1)
         print(to_markdown([build_report(load_run(job.folder))]))
         print(f"Run folder: {job.folder}")
         status = max(status, 1 if failed else 0)
@@ -72,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refused(error: ValueError) -> int:
     print(f"harness.ablation: {one_line(str(error))}", file=sys.stderr)
     return 2
+
+
+def _stopped(reason: str, base: Path, status: int) -> int:
+    print(f"harness.ablation: {reason}; the same command with --out {base} goes on", file=sys.stderr)
+    return status
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:

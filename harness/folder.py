@@ -64,10 +64,12 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file, not a folder; give another --out")
         is_run = (path / "run.json").is_file()
-        if path.exists() and not is_run and any(entry.name != LOCK for entry in path.iterdir()):
+        if path.exists() and not is_run and set(path.iterdir()) - {path / LOCK, *_unfinished(path)}:
             raise ValueError(f"folder {path} is not empty and holds no run; give another --out")
         lock = _locked(path)
         try:
+            for temporary in _unfinished(path):
+                temporary.unlink(missing_ok=True)
             plain = spec.as_json() | dict(inputs)
             info: dict[str, Any] = {}
             if is_run and not fresh:
@@ -179,11 +181,18 @@ def _same_run(path: Path, plain: Mapping[str, Any]) -> dict[str, Any]:
     return info
 
 
+def _unfinished(folder: Path) -> list[Path]:
+    """Temporary files that killed processes left among a run's own files."""
+    beside = (path for name in FILES for path in folder.glob(f".{name}.*"))
+    within = (path for name in FOLDERS for path in (folder / name).rglob(".*"))
+    return [path for path in (*beside, *within) if path.is_file()]
+
+
 def _clear(folder: Path) -> None:
-    """Remove a run's own files; anything else in the folder is left."""
+    """Remove a run's own files, run.json last: until then it is a run; anything else is left."""
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in FILES:
+    for name in reversed(FILES):
         (folder / name).unlink(missing_ok=True)
 
 

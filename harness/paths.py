@@ -37,18 +37,36 @@ def cache_folder(name: str) -> Path:
     return folder
 
 
+class NotWrittenError(OSError):
+    """A file could not be written: the disk is full, or the system refuses for another reason."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
+
+    Raises NotWrittenError if the system refuses; a file that was there before is as it was.
+    """
     try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise NotWrittenError(error.errno, error.strerror or str(error), str(path)) from error
+    except SafetensorError as error:  # which says the system's reason in its text only
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise NotWrittenError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _umask() -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from editors import EditStream, dense
+from editors.closed_form import ClosedFormEditor
 from editors.sites import sites_for
 from harness import onednn
 from harness.cells import RecordMaker, Row
@@ -32,6 +33,7 @@ from harness.encoders import encoder
 from harness.folder import RunFolder, SpecMismatchError, provenance
 from harness.generation import Consistency, load_references, sample_texts, text_rows
 from harness.grid import NO_MERGE, Cell, cells_of, merge_ratios, needs_unmerged, weights_id
+from harness.kept_targets import KeptTargets
 from harness.models import (
     LoadedModel,
     edit_in_float32,
@@ -42,7 +44,7 @@ from harness.models import (
     tensors_digest,
     weights_in_place,
 )
-from harness.paths import cache_folder, read_lines, write_lines_gz
+from harness.paths import NotWrittenError, cache_folder, read_lines, write_lines_gz
 from harness.probes import batch_probes, probe_fields
 from harness.progress import Display, Stage
 from harness.replay import Replay, Weights, edited_parameters
@@ -214,6 +216,8 @@ class _Run:
         folder.info["provenance"]["onednn_layers"] = packed
         self.base: Weights = {n: loaded.model.get_parameter(n).detach().clone() for n in names}
         self.replay = Replay(folder=folder.path, spec=spec, base=self.base)
+        self.kept_targets = KeptTargets(self._weights_before)
+        self._before: tuple[str, tuple[int, ...]] | None = None  # digest before a batch, and its versions
         self._covariances: dict[int, Covariance] = {}
         self.notes: list[str] = suite.notes(loaded.tokenizer) if suite else []
         if spec.generation_prompts is not None:
@@ -247,6 +251,8 @@ class _Run:
                     prompts = [item.prompt for item in self.suite.items]
                     self.task_routes = _named(router.route_many(prompts, spec.top_k))
                 self.timed("route", stage)
+        except NotWrittenError:
+            raise
         except Exception as error:  # the cells without a router do not depend on it
             self.routing_error = self._said("routing", error)
 
@@ -290,7 +296,7 @@ class _Run:
                 continue
             try:
                 outcomes[ratio] = self._weight_set(editor, ratio)
-            except SpecMismatchError:
+            except (SpecMismatchError, NotWrittenError):
                 raise
             except Exception as error:  # whatever it is, the other weight sets do not depend on it
                 text = self._said(weights_id(spec, editor, ratio), error)
@@ -373,19 +379,22 @@ class _Run:
         self._statistics()
         self._restore(self.base)
         with self.display.stage(f"edit with {chain}", total=len(self.batches)) as stage:
-            stream: EditStream = self.spec.editor(editor).start(
+            kind: Any = self.spec.editor(editor)
+            shared = {"targets": self.kept_targets} if isinstance(kind, ClosedFormEditor) else {}
+            stream: EditStream = kind.start(
                 self.loaded.model,
                 self.loaded.tokenizer,
                 covariance=lambda layer: self._covariances[layer].matrix,
                 seed=self.spec.seed,
                 progress=lambda what, part, of: self._tell(stage, what, part / of),
+                **shared,
             )
             if done or state:
                 stream.restore(state)
                 self._restore(weights)
             else:
                 write_state(state_path(self.out, chain), stream.state(), 0)
-            start = time.perf_counter()
+            start, saved = time.perf_counter(), self.kept_targets.saved_seconds
             for batch in range(done + 1, len(self.batches) + 1):
                 stage.update(batch - 1)
                 try:
@@ -393,7 +402,7 @@ class _Run:
                 except FloatingPointError as error:
                     kept = f"; those before it are kept: 1 to {batch - 1}" if batch > 1 else ""
                     raise FloatingPointError(f"batch {batch}: {error}{kept}") from error
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start + self.kept_targets.saved_seconds - saved  # as if alone
             edited = (len(self.batches) - done) * self.spec.batch_size
             self._measured(chain, edit_seconds_per_edit=seconds / edited, **stream.notes())
             self.timed(f"edit {chain}", stage)
@@ -408,6 +417,7 @@ class _Run:
             parts_folder(self.out, chain, batch),
             {"run": run_id, "case_ids": json.dumps(ids), "digest_before": before},
         )
+        self._before = before, self._versions()
         delta = stream.edit([case.request for case in cases], checkpoint)
         after = self.replay.after(weights, {name: dense(change) for name, change in delta.items()}, ratio)
         if ratio is not None:
@@ -425,6 +435,15 @@ class _Run:
             write_state(state_path(self.out, chain), stream.state(), batch)
         checkpoint.clear()
         return after
+
+    def _versions(self) -> tuple[int, ...]:
+        """Counters that PyTorch raises whenever an edited parameter is written to."""
+        return tuple(self.loaded.model.get_parameter(name)._version for name in self.base)
+
+    def _weights_before(self) -> str | None:
+        """The digest of the weights that a batch began on; None once it has changed any."""
+        digest, versions = self._before or (None, ())
+        return digest if versions == self._versions() else None
 
     def _resumed(self, chain: str, ratio: float | None) -> tuple[Weights, dict[str, Tensor], int]:
         """Weights and the editor's state after the batches that are on disk, and how many these are."""
@@ -543,6 +562,8 @@ class _Run:
             rows = [{**done, **row} for row in found]
             write_lines_gz(path, rows)
             self.task_rows[name] = rows
+        except NotWrittenError:
+            raise
         except Exception as error:  # the scores of the edits do not depend on it
             self.task_rows[name] = self._said(f"general tasks with {name}", error)
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors import EDITORS, EditRequest
+from editors import EDITORS
 from editors.closed_form import ClosedFormEditor
-from editors.contexts import Contexts
-from editors.sites import Place, sites_for
-from editors.targets import TargetConfig, Targets, optimise_targets
+from editors.sites import sites_for
+from editors.targets import TargetConfig
 from harness import onednn
 from harness.data import EditCase
+from harness.kept_targets import KeptTargets
 from harness.metrics import edit_scores, harmonic_mean, resampling_counts, tabulate_cell
 from harness.models import LoadedModel, edit_in_float32, weights_in_place
 from harness.progress import Stage
@@ -197,47 +196,6 @@ def choose(trials: Sequence[Trial], start: Setting) -> Trial | None:
     return min(near, key=key)
 
 
-class KeptTargets:
-    """A source of target values that optimises each once on the unedited model.
-
-    They are kept by everything that ``optimise_targets`` reads besides the model and its tokenizer. On a
-    model that is not the unedited one (at BLUE's second layer) nothing is kept.
-    """
-
-    def __init__(self, unedited: Callable[[], bool]) -> None:
-        self.unedited = unedited
-        self.kept: dict[tuple[Any, ...], Targets] = {}
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        requests: Sequence[EditRequest],
-        contexts: Contexts,
-        config: TargetConfig,
-        *,
-        layer: int | None = None,
-        places: tuple[Place, ...] = ("block",),
-        nll_factor: float | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Targets:
-        """As ``optimise_targets``."""
-        layer = config.layers[-1] if layer is None else layer
-        fields = (field.name for field in dataclasses.fields(TargetConfig) if field.name != "layers")
-        settings = tuple(getattr(config, name) for name in fields)
-        key = (tuple(requests), contexts, settings, layer, places, nll_factor)
-        unedited = self.unedited()
-        if unedited and key in self.kept:
-            return self.kept[key]
-        targets = optimise_targets(
-            model, tokenizer, requests, contexts, config,
-            layer=layer, places=places, nll_factor=nll_factor, progress=progress,
-        )  # fmt: skip
-        if unedited:
-            self.kept[key] = targets
-        return targets
-
-
 class Tuner:
     """A model on which settings are tried one after the other, each from the unedited weights."""
 
@@ -258,7 +216,7 @@ class Tuner:
         if onednn.available():
             onednn.pack_linears(self.model, leave=set(names))
         self.base = {name: self.model.get_parameter(name).detach().clone() for name in names}
-        self.targets = KeptTargets(self._is_unedited)
+        self.targets = KeptTargets(lambda: self._is_unedited() or None)
 
     def gather(self, stage: Stage) -> None:
         """The covariances of all layers, in one pass over the corpus."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import harness.kept_targets
 import harness.replay
 import harness.run
 from benchmarks.reference import counterfact_rates, forced_prediction, knowedit_rates
@@ -728,6 +729,41 @@ def test_a_stopped_batch_goes_on_from_its_parts(
     assert len(set(made)) == len(made)
     assert not list((out / "state").rglob("batch-*"))
     assert_same(out, done)
+
+
+def test_editors_that_ask_for_the_same_target_values_share_them(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first batch, and of all that PRUNE's stream has in common with MEMIT's; the same bytes alone."""
+    made: list[int] = []
+    plain = harness.kept_targets.optimise_targets
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(harness.kept_targets, "optimise_targets", count)
+    editors = ["memit", "prune", "alphaedit"]
+    fields = ("steps=4", "layers=1,2", "learning_rate=0.5", "clamp_norm_factor=4")
+    same = [f"{editor}.{field}" for editor in editors for field in fields]
+    strength = ["memit.covariance_weight=20", "prune.covariance_weight=20"]
+    common = ["--cells", "baseline", "--set", *same, *strength]
+    assert grid.run(tmp_path / "all", *common, editors=editors) == 0
+    assert len(made) == BATCHES + BATCHES - 1
+    for editor in ("memit", "alphaedit"):
+        own = [setting for setting in (*same, *strength) if setting.split(".")[0] == editor]
+        assert grid.run(tmp_path / editor, "--cells", "baseline", "--set", *own, editors=[editor]) == 0
+
+    def change(folder: str, editor: str, batch: int) -> dict[str, torch.Tensor]:
+        return read_delta(delta_path(tmp_path / folder, editor, batch), torch.device("cpu"))[0]
+
+    for batch in range(1, BATCHES + 1):
+        for one, other in (
+            (("memit", "memit"), ("all", "prune")),
+            (("alphaedit",) * 2, ("all", "alphaedit")),
+        ):
+            alone, together = change(*one, batch), change(*other, batch)
+            assert all(torch.equal(alone[name], together[name]) for name in alone)
 
 
 HOLDER = """

@@ -11,21 +11,23 @@ import pytest
 import torch
 import yaml
 
+import harness.kept_targets
 import harness.run
 import harness.tune
 import harness.tuning
 from benchmarks.reference import counterfact_rates
 from benchmarks.tiny import tiny_model, tiny_records, tiny_texts, tiny_tokenizer
 from editors import EDITORS
-from editors.targets import optimise_targets
+from editors.targets import Targets, optimise_targets
 from harness import ablation, tune
 from harness.data import load_dataset, select
+from harness.kept_targets import KeptTargets
 from harness.models import find_model, load_model
 from harness.run import answer_fields, batch_queries
 from harness.scoring import score
 from harness.spec import read_hyperparameters, resolve
 from harness.stats import covariances, load_corpus
-from harness.tuning import Grid, KeptTargets, Setting, Trial, choose, layer_sets, search, strength_field
+from harness.tuning import Grid, Setting, Trial, choose, layer_sets, search, strength_field
 from reports.record import Score
 
 Write = Callable[..., Path]
@@ -101,7 +103,7 @@ def tuned(place: Place, calls: list[tuple[int, float]]) -> Path:
         return optimise_targets(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.tuning, "optimise_targets", counted)
+        patch.setattr(harness.kept_targets, "optimise_targets", counted)
         assert place.tune(place.folder / "tuned.yaml") == 0
     return place.folder / "tuned.yaml"
 
@@ -333,7 +335,7 @@ def test_target_values_of_an_edited_model_are_not_kept(place: Place, tmp_path: P
         return optimise_targets(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.tuning, "optimise_targets", counted)
+        patch.setattr(harness.kept_targets, "optimise_targets", counted)
         assert call(
             tune.main, *place.common, "--out", str(tmp_path / "blue.yaml"), "--editors", "memit+blue",
             "--set", "memit+blue.steps=3", "--records", "2", "--evaluation-edits", "2", "--layers", "1,3",
@@ -347,9 +349,16 @@ def test_target_values_of_an_edited_model_are_not_kept(place: Place, tmp_path: P
 def test_a_kept_target_value_is_that_of_its_own_arguments() -> None:
     """Another layer, rate, place, template or request is another entry; the strength is none."""
     made: list[int] = []
+    weights: list[str | None] = ["unedited"]
+
+    def count(*_: Any, **__: Any) -> Targets:
+        made.append(1)
+        return Targets(*[torch.tensor(len(made))] * 6)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.tuning, "optimise_targets", lambda *_, **__: made.append(1) or len(made))
-        source: Any = KeptTargets(lambda: True)
+        patch.setattr(harness.kept_targets, "optimise_targets", count)
+        kept = KeptTargets(lambda: weights[0])
+        source: Any = lambda *args, **kwargs: int(kept(*args, **kwargs).updates)
         config = EDITORS["memit"][0]
         first = (None, None, ["a"], ("{}",), config(layers=(1, 2)))
         assert source(*first) == 1
@@ -362,6 +371,11 @@ def test_a_kept_target_value_is_that_of_its_own_arguments() -> None:
             source(None, None, ["b"], *first[3:]), source(None, None, ["a"], ("x {}",), first[4]),
         ]  # fmt: skip
         assert others == list(range(2, 10))
+        assert kept.saved_seconds > 0
+        weights[0] = "edited"
+        assert [source(*first), source(*first)] == [10, 10]
+        weights[0] = None
+        assert [source(*first), source(*first)] == [11, 12]
 
 
 def test_what_an_editor_releases_is_scored(
