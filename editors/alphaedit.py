@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editors.closed_form import ClosedFormEditor, ClosedFormStream
 from editors.linalg import NullSpace, alphaedit_right, null_space
-from editors.sites import device_of
 from editors.targets import TargetConfig
 
 
@@ -46,10 +45,16 @@ class AlphaEditStream(ClosedFormStream):
         self._keys: dict[int, Tensor] = {}  # layer -> K_p (d_in, m)
 
     def solve(self, layer: int, keys: Tensor) -> Tensor:
-        return alphaedit_right(self.space(layer, keys), keys, self._keys.get(layer), self.config.ridge)
+        earlier = self._keys.get(layer)
+        return alphaedit_right(
+            self.space(layer, keys),
+            keys,
+            None if earlier is None else earlier.to(keys.device),
+            self.config.ridge,
+        )
 
     def space(self, layer: int, keys: Tensor) -> NullSpace:
-        """The null space of one layer, made at its first use."""
+        """The null space of one layer on the keys' device, made at its first use, kept in host memory."""
         if layer not in self._spaces:
             covariance = self.covariance(layer).to(keys.device)
             space = null_space(covariance, self.config.nullspace_threshold)
@@ -58,8 +63,8 @@ class AlphaEditStream(ClosedFormStream):
                     f"layer {layer}: no covariance eigenvalue is below nullspace_threshold "
                     f"{self.config.nullspace_threshold}; raise it"
                 )
-            self._spaces[layer] = space
-        return self._spaces[layer]
+            self._spaces[layer] = space.to(torch.device("cpu"))
+        return self._spaces[layer].to(keys.device)
 
     def notes(self) -> dict[str, Any]:
         """Also the share of directions the projector keeps, by layer."""
@@ -68,14 +73,13 @@ class AlphaEditStream(ClosedFormStream):
 
     def remember(self, layer: int, keys: Tensor) -> None:
         earlier = self._keys.get(layer)
-        self._keys[layer] = keys if earlier is None else torch.cat([earlier, keys], dim=1)
+        self._keys[layer] = keys.cpu() if earlier is None else torch.cat([earlier, keys.cpu()], dim=1)
 
     def memory(self) -> dict[str, Tensor]:
         return {f"keys.{layer}": keys for layer, keys in self._keys.items()}
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
-        device = device_of(self.model)
-        self._keys = {int(name.removeprefix("keys.")): keys.to(device) for name, keys in memory.items()}
+        self._keys = {int(name.removeprefix("keys.")): keys.cpu() for name, keys in memory.items()}
 
 
 class AlphaEdit(ClosedFormEditor):

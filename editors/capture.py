@@ -4,10 +4,10 @@ The model's own forward says how its blocks are called (mask, positions, rotary 
 those arguments once, and the blocks are then run directly, as often as their input changes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from editors.sites import Sites
 
+T = TypeVar("T")
+R = TypeVar("R")
 EXPLODED = 1e6  # times a weight's norm; float32 keeps seven digits, so hardly one of the weight's is left
 
 
@@ -178,10 +180,46 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return functional.log_softmax(logits.to(torch.promote_types(torch.float32, logits.dtype)), dim=-1)
 
 
+def in_halves(part: Sequence[T], run: Callable[[Sequence[T]], R]) -> Iterator[tuple[Sequence[T], R]]:
+    """``run`` on a part, or on its halves and so on where the device's memory is out: each with its result.
+
+    Raises MemoryError, which no halving mends, if a single one does not fit.
+    """
+    try:
+        found: R | None = run(part)
+    except torch.OutOfMemoryError:
+        found = None  # what the frames of the failure held is free only behind this block
+    if found is not None:
+        yield part, found
+        return
+    half = check_divisible(len(part))
+    yield from in_halves(part[:half], run)
+    yield from in_halves(part[half:], run)
+
+
+def check_divisible(rows: int) -> int:
+    """Half of the rows that the device had no memory for; MemoryError if it was one. Frees caches."""
+    torch.cuda.empty_cache()
+    if rows == 1:
+        raise MemoryError(
+            "the device's memory is too small for one row more; free some, or give a smaller --dtype or "
+            "another --device"
+        )
+    return rows // 2
+
+
 @contextmanager
-def undone_on_failure(model: PreTrainedModel, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Give copies of some parameters, and put these back if what the context holds does not end well."""
-    before = {name: model.get_parameter(name).detach().clone() for name in names}
+def undone_on_failure(
+    model: PreTrainedModel, names: Iterable[str], *, aside: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Give copies of some parameters, and put these back if what the context holds does not end well.
+
+    aside: keep the copies in the host's memory.
+    """
+    before = {}
+    for name in names:
+        own = model.get_parameter(name).detach()
+        before[name] = own.to(torch.device("cpu") if aside else own.device, copy=True)
     try:
         yield before
     except BaseException:
@@ -194,6 +232,7 @@ def check_written(model: PreTrainedModel, name: str, before: Tensor) -> None:
     weight = model.get_parameter(name).detach()
     if not torch.isfinite(weight).all():
         raise FloatingPointError(f"the update of {name} is not finite; the batch is undone")
+    before = before.to(weight.device)
     change, size = (weight - before).norm().item(), before.norm().item()
     if change > EXPLODED * size > 0:
         raise FloatingPointError(

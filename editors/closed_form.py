@@ -115,9 +115,10 @@ class ClosedFormStream(ABC):
         """
         self._settle()
         layers = self.config.layers
-        with undone_on_failure(self.model, map(self._name, layers)) as before:
+        device = device_of(self.model)
+        with undone_on_failure(self.model, map(self._name, layers), aside=True) as before:
             deltas = self._walk(requests, before, checkpoint)
-            final = {name: self.committed(name, before[name], delta) for name, delta in deltas.items()}
+            final = {n: self.committed(n, before[n].to(device), delta) for n, delta in deltas.items()}
             if not self.in_place:
                 put(self.model, before)
                 for name, delta in final.items():

@@ -41,6 +41,10 @@ class Memory:
     keys: Tensor
     solved: Tensor
 
+    def to(self, device: torch.device) -> "Memory":
+        """The same on another device."""
+        return Memory(self.keys.to(device), self.solved.to(device))
+
 
 def solve_with_keys(factor: Tensor, keys: Tensor, memory: Memory | None = None) -> Tensor:
     """(A + K_p K_p^T + K K^T)^-1 K by Woodbury, with A given as its Cholesky factor (ALGORITHMS 3.3).
@@ -77,6 +81,10 @@ class NullSpace:
 
     basis: Tensor
     complement: bool
+
+    def to(self, device: torch.device) -> "NullSpace":
+        """The same on another device."""
+        return NullSpace(self.basis.to(device), self.complement)
 
     @property
     def rank(self) -> int:

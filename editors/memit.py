@@ -43,12 +43,16 @@ class MemitStream(ClosedFormStream):
         self._memory: dict[int, Memory] = {}
 
     def solve(self, layer: int, keys: Tensor) -> Tensor:
-        return solve_with_keys(self._factor(layer, keys), keys, self._memory.get(layer))
+        memory = self._memory.get(layer)
+        return solve_with_keys(
+            self._factor(layer, keys), keys, None if memory is None else memory.to(keys.device)
+        )
 
     def _factor(self, layer: int, keys: Tensor) -> Tensor:
+        """The Cholesky factor on the keys' device; between its uses it is in the host's memory."""
         if layer not in self._factors:
-            self._factors[layer] = cholesky(self.preserved(layer, keys))
-        return self._factors[layer]
+            self._factors[layer] = cholesky(self.preserved(layer, keys)).cpu()
+        return self._factors[layer].to(keys.device)
 
     def preserved(self, layer: int, keys: Tensor) -> Tensor:
         """A = lambda C (d_in, d_in), float64, a tensor of the caller's own on the keys' device."""
@@ -62,7 +66,10 @@ class MemitSeqStream(MemitStream):
     remembers = True
 
     def remember(self, layer: int, keys: Tensor) -> None:
-        self._memory[layer] = remember(self._factor(layer, keys), keys, self._memory.get(layer))
+        memory = self._memory.get(layer)
+        if memory is not None:
+            memory = memory.to(keys.device)
+        self._memory[layer] = remember(self._factor(layer, keys), keys, memory).to(torch.device("cpu"))
 
     def memory(self) -> dict[str, Tensor]:
         return {f"keys.{layer}": memory.keys for layer, memory in self._memory.items()}

@@ -7,6 +7,7 @@ unfinished edits together, with the head at the loss positions alone. This chang
 rounding: edits do not interact, Adam works by element, and a finished edit leaves the batch.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from editors.capture import (
     CollectedPrefix,
     FixedPrefix,
     added_to_first,
+    check_divisible,
     frozen,
     inputs_of,
     log_probabilities,
@@ -38,6 +40,8 @@ STEP_TOKENS = 1024  # tokens in one pass of a step; rows beyond go into the next
 POOL = 256  # edits optimised together; bounds the memory of the cached prefixes
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
+STEP_SHARE, PREFIX_SHARE = 0.4, 0.2  # of free memory
+PREFIX_TOKENS = 7 * 32  # of an edit: seven rows
 SOLVED_FACTOR, SOLVED_KL = 0.1, 0.01  # PMET's rule once every target token is the likeliest
 
 
@@ -80,6 +84,33 @@ def concatenated(parts: Sequence[Targets]) -> Targets:
     """The targets of several groups of edits as one."""
     columns = zip(*(vars(part).values() for part in parts), strict=True)
     return Targets(*(torch.cat(column) for column in columns))
+
+
+@dataclass
+class Passes:
+    """How much runs together. Lowered where the device has no memory for so much, and so to be kept."""
+
+    step_tokens: int = STEP_TOKENS
+    pool: int = POOL
+
+    @classmethod
+    def fitting(cls, model: PreTrainedModel, free: int) -> "Passes":
+        """What a share of so many free bytes holds, for the longest prompts usual and a middle z-layer.
+
+        A token of a step keeps about eight hidden states and four MLP states of every block for the way
+        back, and its logits three times in float32; a token of a prefix its keys and values.
+        """
+        config = model.config
+        count = config.num_hidden_layers
+        size = next(model.parameters()).element_size()
+        width = config.hidden_size
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        token = count * (8 * width + 4 * inner) * size + 12 * config.vocab_size
+        prefix = count * 2 * heads * (width // config.num_attention_heads) * size
+        step_tokens = int(STEP_SHARE * free / token)
+        pool = int(PREFIX_SHARE * free / (prefix * PREFIX_TOKENS))
+        return cls(step_tokens=min(max(step_tokens, 128), 16384), pool=min(max(pool, 8), POOL))
 
 
 class TargetSource(Protocol):
@@ -208,13 +239,25 @@ class _Pass:
         """Remove the rows of finished edits; False if none is left."""
         keep = [i for i, row in enumerate(self.rows) if row.edit not in finished]
         if len(keep) < len(self.rows) and keep:
-            index = torch.tensor(keep, device=self.device)
-            self.rows = [self.rows[i] for i in keep]
-            self.hidden, self.mask = self.hidden[index], self.mask[index]
-            self.positions = self.positions[index]
-            self.kept = {layer: (k[index], v[index]) for layer, (k, v) in self.kept.items()}
-            self._prepare()
+            self._take(keep)
         return bool(keep)
+
+    def halves(self) -> list["_Pass"]:
+        """Two passes of half the rows each."""
+        half = check_divisible(len(self.rows))
+        parts = [copy.copy(self), copy.copy(self)]
+        parts[0]._take(range(half))
+        parts[1]._take(range(half, len(self.rows)))
+        return parts
+
+    def _take(self, keep: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        index = torch.tensor(keep, device=self.device)
+        self.rows = [self.rows[i] for i in keep]
+        self.hidden, self.mask = self.hidden[index], self.mask[index]
+        self.positions = self.positions[index]
+        self.kept = {layer: (k[index], v[index]) for layer, (k, v) in self.kept.items()}
+        self._prepare()
 
     def log_probabilities(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log p of the target tokens, whether each is the likeliest, and log p over V at the KL rows.
@@ -250,13 +293,13 @@ class _Pass:
         return log_probabilities(logits_of(self.model, self.sites, hidden))
 
 
-def _passes(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Rows of one kind and equal suffix length, similar prefix lengths together, at most STEP_TOKENS."""
+def _passes(rows: Sequence[_Row], tokens: int) -> Iterator[list[_Row]]:
+    """Rows of one kind and equal suffix length, similar prefix lengths together, at most so many tokens."""
     ordered = sorted(rows, key=lambda row: (not row.target, row.suffix, row.subject))
     part: list[_Row] = []
     for row in ordered:
         same = part and (part[0].suffix, not part[0].target) == (row.suffix, not row.target)
-        if part and (not same or (len(part) + 1) * row.suffix > STEP_TOKENS):
+        if part and (not same or (len(part) + 1) * row.suffix > tokens):
             yield part
             part = []
         part.append(row)
@@ -275,6 +318,7 @@ def optimise_targets(
     places: tuple[Place, ...] = ("block",),
     nll_factor: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    passes: Passes | None = None,
 ) -> Targets:
     """Target values of all requests on the model as it is (ALGORITHMS 2).
 
@@ -290,24 +334,40 @@ def optimise_targets(
                 every row, the next step takes SOLVED_FACTOR of it, and the edit is finished once the
                 weighted KL is at most SOLVED_KL.
     progress:   called with (edit-steps done, edit-steps at most) after each step.
-    Raises FloatingPointError, naming the case, if a loss is not finite.
+    passes:     how much runs together; what the device has no memory for is halved, and noted there.
+    Raises FloatingPointError, naming the case, if a loss is not finite; MemoryError if one row is too much.
     """
     layer = config.layers[-1] if layer is None else layer
-    pools = [requests[i : i + POOL] for i in range(0, len(requests), POOL)]
+    passes = passes or Passes()
     results: list[Targets] = []
-    total, before = len(requests) * config.steps, 0
-    for pool in pools:
-        tell = (lambda done, offset=before: progress(offset + done, total)) if progress else None
+    total, done = len(requests) * config.steps, 0
+    while done < len(requests):
+        pool = requests[done : done + passes.pool]
+        before = done * config.steps
+        tell = (lambda steps, offset=before: progress(offset + steps, total)) if progress else None
         with frozen(model):
-            rows = target_rows(tokenizer, pool, contexts)
-            passes = [_Pass(model, part, layer, places) for part in _passes(rows)]
-            results.append(_optimise(passes, pool, config, nll_factor, tell))
-        before += len(pool) * config.steps
+            made = _made(model, target_rows(tokenizer, pool, contexts), layer, places, passes)
+            if made is not None:
+                results.append(_optimise(made, passes, pool, config, nll_factor, tell))
+                done += len(pool)
+            else:
+                passes.pool = check_divisible(len(pool))
     return concatenated(results)
 
 
+def _made(
+    model: PreTrainedModel, rows: Sequence[_Row], layer: int, places: tuple[Place, ...], passes: Passes
+) -> list[_Pass] | None:
+    """The passes of a pool with their prefixes; None if these do not fit the device together."""
+    try:
+        return [_Pass(model, part, layer, places) for part in _passes(rows, passes.step_tokens)]
+    except torch.OutOfMemoryError:
+        return None
+
+
 def _optimise(
-    passes: list[_Pass],
+    parts: list[_Pass],
+    passes: Passes,
     requests: Sequence[EditRequest],
     config: TargetConfig,
     nll_factor: float | None,
@@ -315,7 +375,7 @@ def _optimise(
 ) -> Targets:
     """One pool of edits, from delta = 0 to the last unfinished one."""
     n = len(requests)
-    initial = _initial_states(passes, n)
+    initial = _initial_states(parts, n)
     scale = initial.norm(dim=2)  # (places, n)
     adam = _Adam(initial, config.learning_rate)
     delta = torch.zeros_like(initial)
@@ -328,7 +388,7 @@ def _optimise(
 
     for step in range(config.steps):
         last = step == config.steps - 1
-        found = _evaluate(passes, delta, factor, unmoved, config.kl_factor, backward=not last)
+        found = _evaluate(parts, passes, delta, factor, unmoved, config.kl_factor, backward=not last)
         size = delta.norm(dim=2)
         loss = factor * found.nll + found.kl + (config.weight_decay * size / scale**2).sum(dim=0)
         _check_finite(loss, active, requests, step)
@@ -352,18 +412,18 @@ def _optimise(
         delta = torch.where(active[:, None], moved, delta)
         updates += active
         finished = set((~active).nonzero().flatten().tolist())
-        passes = [part for part in passes if part.drop(finished)]
+        parts = [part for part in parts if part.drop(finished)]
 
     values = (initial + delta)[0]
     return Targets(values, initial[0], first_loss, last_loss, probability, updates)
 
 
-def _initial_states(passes: Sequence[_Pass], n: int) -> Tensor:
+def _initial_states(parts: Sequence[_Pass], n: int) -> Tensor:
     """h_init (places, n, d_out) in float32 or better: the places' outputs at the bare template's subject."""
-    like = passes[0].initial
+    like = parts[0].initial
     dtype = torch.promote_types(torch.float32, like[0].dtype)
     initial = like[0].new_empty(len(like), n, like[0].shape[-1], dtype=dtype)
-    for part in passes:
+    for part in parts:
         for i, row in enumerate(part.rows):
             if row.bare:
                 for place, states in enumerate(part.initial):
@@ -383,7 +443,8 @@ class _Evaluation:
 
 
 def _evaluate(
-    passes: Sequence[_Pass],
+    parts: list[_Pass],
+    passes: Passes,
     delta: Tensor,
     factor: Tensor,
     unmoved: dict[int, Tensor],
@@ -393,34 +454,63 @@ def _evaluate(
 ) -> _Evaluation:
     """The loss terms at delta (places, n, d_out), the NLL weighted by factor (n,) in the gradient.
 
+    parts:   replaced by their halves where the device has no memory for them.
     unmoved: log p_0 of the KL rows; filled by the first call, where delta is zero.
     """
     n, dtype = delta.shape[1], delta.dtype
     nll, kl, likely, misses = (delta.new_zeros(n) for _ in range(4))
     gradient = torch.zeros_like(delta)
-    for part in passes:
-        leaf = delta.detach().requires_grad_(backward)
+    waiting, parts[:] = list(parts), []
+    while waiting:
+        part = waiting.pop(0)
+        found = _terms(part, delta, factor, unmoved, kl_factor, backward)
+        if found is None:
+            waiting[:0] = part.halves()
+            passes.step_tokens = waiting[0].suffix * len(waiting[0].rows)
+            continue
+        parts.append(part)
+        own, apart, moved, token, likeliest = found
+        nll += own
+        kl += apart
+        gradient += moved
+        likely += part.row_probabilities(token, n)
+        misses.index_add_(0, part.edits[part.loss_row], (~likeliest).to(dtype))
+    return _Evaluation(nll, kl, gradient, likely, misses == 0)
+
+
+def _terms(
+    part: _Pass,
+    delta: Tensor,
+    factor: Tensor,
+    unmoved: dict[int, Tensor],
+    kl_factor: float,
+    backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """NLL and KL (n,), gradient as delta, log p and likeliest of each target token; None: out of memory."""
+    n, dtype = delta.shape[1], delta.dtype
+    leaf = delta.detach().requires_grad_(backward)
+    kl = delta.new_zeros(n)
+    gradient = torch.zeros_like(delta)
+    try:
         with torch.set_grad_enabled(backward):
             token, likeliest, at_subject = part.log_probabilities(leaf)
             token = token.to(dtype)
             edits = part.edits[part.loss_row]
-            own = delta.new_zeros(n).index_add(0, edits, -part.loss_share.to(dtype) * token)
-            nll += own.detach()
-            own = factor * own
+            nll = delta.new_zeros(n).index_add(0, edits, -part.loss_share.to(dtype) * token)
+            own = factor * nll
             if len(part.kl_row):
                 edits_kl = part.edits[part.kl_row]
                 for edit, row in zip(edits_kl.tolist(), at_subject.detach(), strict=True):
                     unmoved.setdefault(edit, row)
                 start = torch.stack([unmoved[edit] for edit in edits_kl.tolist()])
                 divergence = (at_subject.exp() * (at_subject - start)).sum(dim=1).to(dtype)
-                apart = delta.new_zeros(n).index_add(0, edits_kl, kl_factor * divergence)
-                kl += apart.detach()
-                own = own + apart
+                kl = kl.index_add(0, edits_kl, kl_factor * divergence)
+                own = own + kl
             if backward:
-                gradient += torch.autograd.grad(own.sum(), leaf)[0]
-        likely += part.row_probabilities(token.detach(), n)
-        misses.index_add_(0, edits, (~likeliest).to(dtype))
-    return _Evaluation(nll, kl, gradient, likely, misses == 0)
+                gradient = torch.autograd.grad(own.sum(), leaf)[0]
+    except torch.OutOfMemoryError:
+        return None
+    return nll.detach(), kl.detach(), gradient, token.detach(), likeliest
 
 
 def _check_finite(loss: Tensor, active: Tensor, requests: Sequence[EditRequest], step: int) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editors import EditRequest
 from editors.contexts import Contexts
 from editors.sites import Place
-from editors.targets import TargetConfig, Targets, optimise_targets
+from editors.targets import Passes, TargetConfig, Targets, optimise_targets
 
 
 class KeptTargets:
@@ -21,8 +21,9 @@ class KeptTargets:
     by what ``weights`` says of the model's weights; where that is None nothing is kept.
     """
 
-    def __init__(self, weights: Callable[[], Hashable]) -> None:
-        self.weights = weights
+    def __init__(self, weights: Callable[[], Hashable], passes: Passes | None = None) -> None:
+        """passes: how many rows run together; lowered where the device's memory is out."""
+        self.weights, self.passes = weights, passes or Passes()
         self.saved_seconds = 0.0  # that taking kept ones has spared
         self._kept: dict[tuple[Any, ...], tuple[Targets, torch.device, float]] = {}
 
@@ -52,7 +53,7 @@ class KeptTargets:
         start = time.perf_counter()
         targets = optimise_targets(
             model, tokenizer, requests, contexts, config,
-            layer=layer, places=places, nll_factor=nll_factor, progress=progress,
+            layer=layer, places=places, nll_factor=nll_factor, progress=progress, passes=self.passes,
         )  # fmt: skip
         if weights is not None:
             seconds = time.perf_counter() - start

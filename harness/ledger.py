@@ -151,7 +151,7 @@ def load_base(ledger: Ledger, device: str | None) -> tuple["LoadedModel", "Repla
     for name in edited_parameters(ledger.spec, loaded.model):
         weight = loaded.model.get_parameter(name).data
         base[name] = weight.float() if weight.dtype in half else weight
-    return loaded, Replay(folder=ledger.folder, spec=ledger.spec, base=base)
+    return loaded, Replay(folder=ledger.folder, spec=ledger.spec, base=base, device=torch.device(device))
 
 
 def _source(ledger: Ledger) -> Any:

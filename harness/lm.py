@@ -154,7 +154,7 @@ class CellLM(RoutedLM):
         names = edited_parameters(spec, model)
         edit_in_float32(model, names)
         base = {name: model.get_parameter(name).detach().clone() for name in names}
-        replay = Replay(folder=Path(run), spec=spec, base=base)
+        replay = Replay(folder=Path(run), spec=spec, base=base, device=model.device)
         *_, last = replay.history(editor, chosen.pruning_ratio)
         weights, _ = replay.released(editor, chosen.pruning_ratio, last)
         edited = {name: value.to(model.dtype) for name, value in weights.items()}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,6 +32,7 @@ class Replay:
     folder: Path
     spec: RunSpec
     base: Weights  # parameter name -> unedited weight, of all parameters that any editor changes
+    device: torch.device  # where changes are multiplied out: that of the editing, wherever weights are kept
 
     def history(
         self, editor: str, ratio: float | None, batches: Sequence[int] | None = None
@@ -59,7 +61,7 @@ class Replay:
     def delta(self, chain: str, batch: int, before: str | None = None) -> dict[str, Tensor]:
         """A stored change; ValueError if it does not follow on weights of the digest given."""
         path = delta_path(self.folder, chain, batch)
-        delta, metadata = read_delta(path, next(iter(self.base.values())).device)
+        delta, metadata = read_delta(path, self.device)
         if before is not None and metadata["digest_before"] != before:
             raise ValueError(f"{path} was made on other weights than those before it; use --fresh")
         return delta

@@ -7,16 +7,19 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from editors import EditStream, dense
 from editors.closed_form import ClosedFormEditor
-from editors.sites import sites_for
+from editors.sites import device_of, sites_for
+from editors.targets import Passes
 from harness import onednn
 from harness.cells import RecordMaker, Row
 from harness.data import EditCase, KnowEditCase, load_dataset, prompt_rows, select
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
 NOT_APPLICABLE = "not applicable"
 OWN_TOKENS = 30_000  # least text sampled for ``self``; docs/statistics.md shows why
 TOKENS_PER_WIDTH = 10  # tokens per dimension of a key below which a report says so
+WEIGHT_VERSIONS = 8  # of the edited matrices that are alive at once: unedited, edited, merged, differences
+WORKING_BYTES = 8 * 2**30  # of an accelerator's memory left free for passes and solves
 logger = logging.getLogger(__name__)
 Routes = dict[int, list[tuple[str, float]]]  # top-k -> (route, score) of every scored prompt
 Outcomes = dict[int, list[Row]]  # batches in the weights -> every prompt scored with them
@@ -214,9 +219,12 @@ class _Run:
         edit_in_float32(loaded.model, names)
         packed = onednn.pack_linears(loaded.model, leave=set(names)) if onednn.available() else 0
         folder.info["provenance"]["onednn_layers"] = packed
-        self.base: Weights = {n: loaded.model.get_parameter(n).detach().clone() for n in names}
-        self.replay = Replay(folder=folder.path, spec=spec, base=self.base)
-        self.kept_targets = KeptTargets(self._weights_before)
+        place = _place_of_weights(loaded.model, names)
+        self.base: Weights = {n: loaded.model.get_parameter(n).detach().to(place, copy=True) for n in names}
+        self.replay = Replay(folder=folder.path, spec=spec, base=self.base, device=device_of(loaded.model))
+        self.passes = _passes(loaded.model, folder.info.get("passes"))
+        folder.info["passes"] = asdict(self.passes)
+        self.kept_targets = KeptTargets(self._weights_before, self.passes)
         self._before: tuple[str, tuple[int, ...]] | None = None  # digest before a batch, and its versions
         self._covariances: dict[int, Covariance] = {}
         self.notes: list[str] = suite.notes(loaded.tokenizer) if suite else []
@@ -404,6 +412,7 @@ class _Run:
                     raise FloatingPointError(f"batch {batch}: {error}{kept}") from error
             seconds = time.perf_counter() - start + self.kept_targets.saved_seconds - saved  # as if alone
             edited = (len(self.batches) - done) * self.spec.batch_size
+            self.folder.info["passes"] = asdict(self.passes)
             self._measured(chain, edit_seconds_per_edit=seconds / edited, **stream.notes())
             self.timed(f"edit {chain}", stage)
 
@@ -627,6 +636,26 @@ class _Run:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         entry = self.folder.info["per_editor"].setdefault(name, {})
         entry |= values | {"peak_memory_bytes": peak}
+
+
+def _place_of_weights(model: PreTrainedModel, names: Sequence[str]) -> torch.device:
+    """Where the versions of the edited weights are kept: beside the model if it has room for many of them."""
+    device = device_of(model)
+    if device.type == "cuda":
+        needed = WEIGHT_VERSIONS * sum(model.get_parameter(n).numel() * 4 for n in names)
+        if torch.cuda.mem_get_info(device)[0] < needed + WORKING_BYTES:
+            return torch.device("cpu")
+    return device
+
+
+def _passes(model: PreTrainedModel, known: Mapping[str, int] | None) -> Passes:
+    """How many rows run together: as the run began with; on a new one, on an accelerator by free memory."""
+    if known:
+        return Passes(**known)
+    device = device_of(model)
+    if device.type != "cuda":
+        return Passes()
+    return Passes.fitting(model, torch.cuda.mem_get_info(device)[0])
 
 
 def _named(decisions: Mapping[int, Sequence[Decision]]) -> Routes:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.capture import head_logits, log_probabilities
+from editors.capture import head_logits, in_halves, log_probabilities
 from editors.sites import device_of
 from editors.tokens import encode, target_ids
 
@@ -76,20 +76,28 @@ def score(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
-    """Score all queries; equal ones are computed once. Returned in the order given."""
+    """Score all queries; equal ones are computed once. Returned in the order given.
+
+    Prompts run in smaller batches where the device's memory is out. Raises FloatingPointError if a
+    likelihood is not finite, MemoryError if one prompt alone does not fit.
+    """
     distinct = list(dict.fromkeys(queries))
     prompts = {prompt: encode(tokenizer, prompt) for prompt in dict.fromkeys(q.prompt for q in distinct)}
     texts = dict.fromkeys(t for q in distinct for t in (q.target_new, q.target_true))
     targets = {text: target_ids(tokenizer, text) for text in texts}
     answers: dict[Query, Answer] = {}
     lengths = {query: len(prompts[query.prompt]) for query in distinct}
+
+    def run(some: Sequence[Query]) -> list[Answer]:
+        rows = [prompts[query.prompt] for query in some]
+        return _score_batch(model, rows, [(targets[q.target_new], targets[q.target_true]) for q in some])
+
     for part in _batches(distinct, lengths):
-        rows = [prompts[query.prompt] for query in part]
-        pairs = [(targets[query.target_new], targets[query.target_true]) for query in part]
-        for query, answer in zip(part, _score_batch(model, rows, pairs), strict=True):
-            if not math.isfinite(answer.new.nll + answer.true.nll):
-                raise FloatingPointError(f"the likelihoods after {query.prompt!r} are not finite")
-            answers[query] = answer
+        for some, found in in_halves(part, run):
+            for query, answer in zip(some, found, strict=True):
+                if not math.isfinite(answer.new.nll + answer.true.nll):
+                    raise FloatingPointError(f"the likelihoods after {query.prompt!r} are not finite")
+                answers[query] = answer
         if progress:
             progress(len(answers), len(distinct))
     return [answers[query] for query in queries]
@@ -115,14 +123,18 @@ def predict(
     found: dict[tuple[str, str], Prediction] = {}
     lengths = {prompt: len(ids) for prompt, ids in prompts.items()}
     copies = {prompt: len(ids) for prompt, ids in answers.items()}
+
+    def run(some: Sequence[str]) -> list[list[list[int]] | None]:
+        targets = [list(answers[prompt].values()) for prompt in some]
+        return _predict_batch(model, [prompts[prompt] for prompt in some], targets)
+
     for part in _batches(list(prompts), lengths, copies):
-        targets = [list(answers[prompt].values()) for prompt in part]
-        predicted = _predict_batch(model, [prompts[prompt] for prompt in part], targets)
-        for prompt, rows in zip(part, predicted, strict=True):
-            if rows is None:
-                raise FloatingPointError(f"the logits after {prompt!r} are not finite")
-            for (answer, ids), row in zip(answers[prompt].items(), rows, strict=True):
-                found[prompt, answer] = Prediction(tuple(ids), tuple(row))
+        for some, predicted in in_halves(part, run):
+            for prompt, rows in zip(some, predicted, strict=True):
+                if rows is None:
+                    raise FloatingPointError(f"the logits after {prompt!r} are not finite")
+                for (answer, ids), row in zip(answers[prompt].items(), rows, strict=True):
+                    found[prompt, answer] = Prediction(tuple(ids), tuple(row))
         if progress:
             progress(len(found), sum(copies.values()))
     return [found[query] for query in queries]

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import reference, tiny
 from editors import EditRequest
 from editors.contexts import Contexts
-from editors.targets import TargetConfig, optimise_targets
+from editors.targets import Passes, TargetConfig, _Pass, optimise_targets
 
 CONTEXTS = Contexts(tuple(tuple(group) for group in tiny.TEMPLATES))
 # Settings under which request 3 stops early and the others do not.
@@ -55,14 +57,72 @@ def test_an_edit_that_stops_early_is_frozen(model_type: str) -> None:
         torch.testing.assert_close(together.values[i], alone.z, rtol=0, atol=1e-9)
 
 
-def test_passes_and_pools_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_and_pools_change_nothing() -> None:
     model, tokenizer = tiny.tiny_model("qwen2", dtype=torch.float64), tiny.tiny_tokenizer(bos=False)
     requests, config = tiny.tiny_requests(6), TargetConfig(layers=(2,), steps=6)
     whole = optimise_targets(model, tokenizer, requests, CONTEXTS, config)
-    monkeypatch.setattr("editors.targets.STEP_TOKENS", 5)
-    monkeypatch.setattr("editors.targets.POOL", 4)
-    parts = optimise_targets(model, tokenizer, requests, CONTEXTS, config)
+    small = Passes(step_tokens=5, pool=4)
+    parts = optimise_targets(model, tokenizer, requests, CONTEXTS, config, passes=small)
     torch.testing.assert_close(parts.values, whole.values, rtol=0, atol=1e-12)
+    assert small == Passes(step_tokens=5, pool=4)
+
+
+class SmallDevice:
+    """Has room for so many tokens of a step, and for the prefixes of so many edits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int, edits: int) -> None:
+        self.largest = 0
+        step, build = _Pass.log_probabilities, _Pass.__init__
+
+        def limited_step(part: _Pass, delta: torch.Tensor) -> Any:
+            if len(part.rows) * part.suffix > tokens:
+                raise torch.OutOfMemoryError("no room")
+            self.largest = max(self.largest, len(part.rows) * part.suffix)
+            return step(part, delta)
+
+        def limited_build(part: _Pass, model: Any, rows: Any, *more: Any) -> None:
+            if len({row.edit for row in rows}) > edits:
+                raise torch.OutOfMemoryError("no room")
+            build(part, model, rows, *more)
+
+        monkeypatch.setattr(_Pass, "log_probabilities", limited_step)
+        monkeypatch.setattr(_Pass, "__init__", limited_build)
+
+
+@pytest.mark.parametrize("places", [("block",), ("mlp", "attention")])
+def test_what_the_device_has_no_memory_for_is_halved(places: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.tiny_model("llama", dtype=torch.float64), tiny.tiny_tokenizer(bos=True)
+    requests, config = tiny.tiny_requests(7), TargetConfig(layers=(2,), steps=6)
+    whole = optimise_targets(model, tokenizer, requests, CONTEXTS, config, places=places)
+    device, passes = SmallDevice(monkeypatch, tokens=50, edits=4), Passes()
+    halved = optimise_targets(model, tokenizer, requests, CONTEXTS, config, places=places, passes=passes)
+    assert 0 < device.largest <= 50
+    assert passes.step_tokens <= 50
+    assert passes.pool == 3
+    torch.testing.assert_close(halved.values, whole.values, rtol=0, atol=1e-12)
+    assert torch.equal(halved.updates, whole.updates)
+
+
+def test_a_row_that_does_not_fit_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.tiny_model("gpt2"), tiny.tiny_tokenizer(bos=False)
+    SmallDevice(monkeypatch, tokens=0, edits=10)
+    with pytest.raises(MemoryError, match="too small for one row more; free some, or give"):
+        optimise_targets(model, tokenizer, tiny.tiny_requests(2), CONTEXTS, EARLY)
+
+
+def test_passes_fit_the_free_memory() -> None:
+    """Llama-3-8B's share of 6 GiB: a few hundred tokens; and never more than the presets' pool."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    small, large = Passes.fitting(model, 6 * 2**30), Passes.fitting(model, 120 * 2**30)
+    assert 300 <= small.step_tokens <= 500
+    assert 20 <= small.pool <= 60
+    assert large.step_tokens > 15 * small.step_tokens
+    assert large.pool == 256
 
 
 def test_the_last_block_as_z_layer() -> None:

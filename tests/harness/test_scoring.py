@@ -1,5 +1,7 @@
 """Likelihoods of two targets after one prompt, against one full forward a target."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -8,7 +10,7 @@ from benchmarks import reference
 from benchmarks.tiny import MODEL_TYPES, tiny_model, tiny_records, tiny_tokenizer
 from editors.tokens import encode, target_ids
 from harness import scoring
-from harness.scoring import Answer, Query, score
+from harness.scoring import Answer, Query, predict, score
 
 
 def make_queries(n: int = 4) -> list[Query]:
@@ -186,3 +188,30 @@ def test_scoring_leaves_no_gradients_and_no_changes() -> None:
     score(model, tokenizer, make_queries(1))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_prompts_that_do_not_fit_the_device_together_are_scored_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = tiny_model("gpt2", dtype=torch.float64), tiny_tokenizer(bos=False)
+    queries = [
+        Query(f"Anna Abel plays {word}", "the cello", "chess") for word in ("a", "the", "in", "to", "old")
+    ]
+    asked = [(query.prompt, query.target_new) for query in queries]
+    whole, forced = score(model, tokenizer, queries), predict(model, tokenizer, asked)
+    plain, sizes = scoring._target_states, []
+
+    def limited(model: Any, prompts: Any, targets: Any) -> Any:
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(prompts))
+        return plain(model, prompts, targets)
+
+    monkeypatch.setattr(scoring, "_target_states", limited)
+    for one, other in zip(score(model, tokenizer, queries), whole, strict=True):
+        assert one.new.nll == pytest.approx(other.new.nll, abs=1e-9)
+    assert predict(model, tokenizer, asked) == forced
+    assert max(sizes) == 2
+    monkeypatch.setattr(scoring, "_target_states", lambda *_: limited(None, [1, 2, 3], None))
+    with pytest.raises(MemoryError, match="one row more"):
+        score(model, tokenizer, queries)
