@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from routing.api import Decision
+from routing.index import VectorIndex
 
 _CLIP = 10.0  # labels that all agree have no finite minimiser
 _SPARE = 8  # candidates beyond k that float32 similarities hand on
@@ -30,14 +31,16 @@ class TopKConfig:
     """The router of SeqMMR."""
 
     top_k: int = 2  # corpus texts that vote
+    indexed_from: int = 1_000_000  # corpus texts from which the search is approximate (``VectorIndex``)
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
+        for name in ("top_k", "indexed_from"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class TopK:
-    """Router over an exact search; the corpus may grow between queries.
+    """Router over an exact search, of a very large corpus over an index; the corpus may grow between queries.
 
     Equal weights: positives come before negatives, then the lower corpus position, and W+ = W- means edited.
     So k = 2 decides like the nearest neighbour. Of several experts among the positives that vote, the one
@@ -57,6 +60,7 @@ class TopK:
         self._positive: NDArray[np.bool_] = np.empty(0, dtype=bool)  # by corpus position, an expert is named
         self._parts: list[Tensor] = []  # unit vectors, (n, d) in all, in order of position
         self._rough: Tensor | None = None  # them in bfloat16, where that is searched first
+        self._index: tuple[int, VectorIndex] | None = None  # of so many of them
 
     def add(self, expert: str | None, texts: Sequence[str]) -> None:
         if texts:
@@ -106,13 +110,28 @@ class TopK:
         weights = np.empty((len(queries), k))
         places = np.empty((len(queries), k), dtype=np.int64)
         size = max(1, min(_QUERIES, _CELLS // len(corpus)))
-        for start in range(0, len(queries), size):
-            chunk = queries[start : start + size]
+        left = np.arange(len(queries))
+        if len(corpus) >= self.config.indexed_from:
+            narrowed = self._indexed().candidates(queries, k + _SPARE)
+            full = (narrowed >= 0).all(axis=1)
+            if full.any():
+                found = torch.from_numpy(narrowed[full]).to(corpus.device)
+                weights[full], places[full] = self._ranked(queries[torch.from_numpy(full)], found, k)
+            left = left[~full]
+        for part in np.split(left, range(size, len(left), size)):
+            chunk = queries if len(part) == len(queries) else queries[torch.from_numpy(part)]
             similarities = chunk @ corpus.T if rough is None else chunk.to(rough.dtype) @ rough.T
             for rows, found in _candidates(similarities, k):
-                at = start + rows.cpu().numpy()
+                at = part[rows.cpu().numpy()]
                 weights[at], places[at] = self._ranked(chunk[rows], found, k)
         return weights, places
+
+    def _indexed(self) -> VectorIndex:
+        """The index over the whole corpus, made anew when that has grown."""
+        corpus = self._corpus()
+        if self._index is None or self._index[0] != len(corpus):
+            self._index = len(corpus), VectorIndex(corpus)
+        return self._index[1]
 
     def _ranked(
         self, queries: Tensor, found: Tensor, k: int

@@ -1,4 +1,5 @@
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -200,6 +201,35 @@ def test_a_rough_search_first_finds_the_same_neighbours(
         for row, decision in zip(exact, router.route_many(asked, (k,))[k], strict=True):
             found = row[list(decision.nearest)]
             torch.testing.assert_close(found, row.topk(k).values, rtol=0, atol=1e-12)
+
+
+def test_a_very_large_corpus_is_searched_by_an_index() -> None:
+    """Well-separated groups: what the index leaves out is far away, so the decisions are the exact ones."""
+    pytest.importorskip("faiss")
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(50, 32, generator=generator).repeat(42, 1)
+    vectors = centres + 0.1 * torch.randn(2100, 32, generator=generator)
+    routers = []
+    for indexed_from in (1000, 10**6):
+        config = TopKConfig(indexed_from=indexed_from)
+        routers.append(TopK(config, lambda texts: vectors[[int(text) for text in texts]]))
+        routers[-1].add("edited", [str(i) for i in range(1000)])
+        routers[-1].add(None, [str(i) for i in range(1000, 1500)])
+    asked = [str(i) for i in range(1500, 2100)]
+    assert routers[0].route(asked) == routers[1].route(asked)
+    for router in routers:  # the index takes up what is added later
+        router.add("late", [str(i) for i in range(1500, 2100)])
+    assert routers[0].route(asked) == routers[1].route(asked)
+    assert [routers[0].route([text])[0].nearest[0] for text in asked[:3]] == [1500, 1501, 1502]
+    assert routers[1]._index is None
+
+
+def test_an_index_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    router = TopK(TopKConfig(indexed_from=1), lambda texts: torch.ones(len(texts), 4))
+    router.add("edited", ["a"])
+    with pytest.raises(ValueError, match=r"pip install 'seqmmr\[index\]'"):
+        router.route(["a"])
 
 
 def test_only_directions_count() -> None:
