@@ -1,6 +1,6 @@
 """AlphaEdit (Fang et al. 2025, arXiv 2410.02355, eq. 14): edits inside the null space of preserved keys."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,9 @@ class AlphaEditStream(ClosedFormStream):
 
     config: AlphaEditConfig
     remembers = True
+    null_space_source: Callable[[int, float], NullSpace] | None = (
+        None  # by layer and threshold, kept elsewhere
+    )
 
     def __init__(
         self,
@@ -56,12 +59,15 @@ class AlphaEditStream(ClosedFormStream):
     def space(self, layer: int, keys: Tensor) -> NullSpace:
         """The null space of one layer on the keys' device, made at its first use, kept in host memory."""
         if layer not in self._spaces:
-            covariance = self.covariance(layer).to(keys.device)
-            space = null_space(covariance, self.config.nullspace_threshold)
+            threshold = self.config.nullspace_threshold
+            if self.null_space_source is not None:
+                space = self.null_space_source(layer, threshold)
+            else:
+                space = null_space(self.covariance(layer).to(keys.device), threshold)
             if not space.rank:
                 raise ValueError(
                     f"layer {layer}: no covariance eigenvalue is below nullspace_threshold "
-                    f"{self.config.nullspace_threshold}; raise it"
+                    f"{threshold}; raise it"
                 )
             self._spaces[layer] = space.to(torch.device("cpu"))
         return self._spaces[layer].to(keys.device)

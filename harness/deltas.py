@@ -1,6 +1,5 @@
 """What each batch changed, as files; and an editor's state between batches."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from editors import LowRank, WeightDeltas, dense
-from harness.models import update_digest
-from harness.paths import read_tensors, write_tensors
+from harness.digested import content_digest, write_digested
+from harness.paths import read_tensors
 
 UNDIGESTED = {"editor", "case_ids", "digest_before", "digest_after"}  # all that such a file says
 
@@ -46,21 +45,6 @@ def write_delta(
     write_digested(path, tensors, metadata)
 
 
-def write_digested(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A file with a digest of all that it says."""
-    write_tensors(path, tensors, {**metadata, "digest": _digest(tensors, metadata)})
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over what a file holds, its own digest left out."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        update_digest(digest, name, tensor)
-    said = {name: text for name, text in metadata.items() if name != "digest"}
-    digest.update(json.dumps(said, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
 def stored_delta(path: Path) -> tuple[dict[str, Tensor | LowRank], dict[str, str]]:
     """One batch's change as it is stored, and its metadata.
 
@@ -70,7 +54,7 @@ def stored_delta(path: Path) -> tuple[dict[str, Tensor | LowRank], dict[str, str
     tensors, metadata = read_tensors(path)
     if "digest" not in metadata and metadata.keys() <= UNDIGESTED:
         pass  # as older versions wrote it
-    elif metadata.get("digest") != _digest(tensors, metadata):
+    elif metadata.get("digest") != content_digest(tensors, metadata):
         raise ValueError(f"{path} was changed after it was written: its digest is another")
     delta: dict[str, Tensor | LowRank] = {}
     for name, tensor in tensors.items():
@@ -114,7 +98,7 @@ class BatchCheckpoint:
         if not path.is_file():
             return None
         tensors, metadata = read_tensors(path)
-        if metadata.pop("digest", None) != _digest(tensors, metadata):
+        if metadata.pop("digest", None) != content_digest(tensors, metadata):
             raise ValueError(f"{path} was changed after it was written; delete it to have it made anew")
         return tensors if metadata == self.identity else None
 
@@ -143,6 +127,6 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], int]:
     if not path.is_file():
         return {}, 0
     state, metadata = read_tensors(path)
-    if metadata.get("digest", "") not in ("", _digest(state, metadata)):
+    if metadata.get("digest", "") not in ("", content_digest(state, metadata)):
         raise ValueError(f"{path} was changed after it was written; --fresh begins anew")
     return state, int(metadata["batches"])

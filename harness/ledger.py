@@ -488,7 +488,7 @@ def _write_sparse(
     what: str,
 ) -> int:
     """Write the entries alone that some weights have changed in the unedited model."""
-    from harness.deltas import write_digested
+    from harness.digested import write_digested
     from harness.models import tensors_digest
     from harness.sparse import changed_entries
 

@@ -98,10 +98,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file and its metadata; ValueError in one line if it cannot be read."""
+    return _opened(path, whole=True)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file alone; ValueError as ``read_tensors``."""
+    return _opened(path, whole=False)[1]
+
+
+def _opened(path: Path, *, whole: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
+            names = file.keys() if whole else ()
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (OSError, SafetensorError, ValueError) as error:

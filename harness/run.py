@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from editors import EditStream, dense
+from editors.alphaedit import AlphaEditStream
 from editors.closed_form import ClosedFormEditor
 from editors.sites import device_of, sites_for
 from editors.targets import Passes
@@ -53,7 +54,7 @@ from harness.progress import Display, Stage
 from harness.replay import Replay, Weights, edited_parameters
 from harness.scoring import Answer, Query, score
 from harness.spec import CORPORA, HyperparameterFile, RunSpec
-from harness.stats import Corpus, Covariance, Progress, covariances, load_corpus, read_texts
+from harness.stats import Progress, Statistics, gather_statistics, load_corpus, read_texts
 from reports.record import Record
 from reports.render import write_reports
 from routing import ROUTERS, Decision
@@ -162,15 +163,15 @@ def _key_width(loaded: LoadedModel, layer: int) -> int:
     return shape[0] if sites.transposed else shape[1]
 
 
-def gather_statistics(
+def statistics_of(
     spec: RunSpec, loaded: LoadedModel, layers: Sequence[int], *, progress: Progress
-) -> tuple[Corpus, dict[int, Covariance]]:
-    """The corpus a spec names, and the covariances of some layers from it."""
+) -> Statistics:
+    """The statistics of some layers, from the corpus that a spec names."""
     limit = spec.limit_stats
     if limit is None and spec.stats == "self":
         limit = max(OWN_TOKENS, TOKENS_PER_WIDTH * _key_width(loaded, layers[0]))
     corpus = load_corpus(spec.stats, loaded, limit=limit, seed=spec.seed, progress=progress)
-    return corpus, covariances(loaded, layers, corpus, limit=limit, progress=progress)
+    return gather_statistics(loaded, layers, corpus, limit=limit, progress=progress)
 
 
 class _Run:
@@ -226,7 +227,7 @@ class _Run:
         folder.info["passes"] = asdict(self.passes)
         self.kept_targets = KeptTargets(self._weights_before, self.passes)
         self._before: tuple[str, tuple[int, ...]] | None = None  # digest before a batch, and its versions
-        self._covariances: dict[int, Covariance] = {}
+        self.statistics: Statistics | None = None
         self.notes: list[str] = suite.notes(loaded.tokenizer) if suite else []
         if spec.generation_prompts is not None:
             self.notes.append(
@@ -384,7 +385,7 @@ class _Run:
         weights, state, done = self._resumed(chain, ratio)
         if done == len(self.batches):
             return
-        self._statistics()
+        covariance = self._covariance()
         self._restore(self.base)
         with self.display.stage(f"edit with {chain}", total=len(self.batches)) as stage:
             kind: Any = self.spec.editor(editor)
@@ -392,11 +393,13 @@ class _Run:
             stream: EditStream = kind.start(
                 self.loaded.model,
                 self.loaded.tokenizer,
-                covariance=lambda layer: self._covariances[layer].matrix,
+                covariance=covariance,
                 seed=self.spec.seed,
                 progress=lambda what, part, of: self._tell(stage, what, part / of),
                 **shared,
             )
+            if isinstance(stream, AlphaEditStream) and self.statistics is not None:
+                stream.null_space_source = self.statistics.null_space
             if done or state:
                 stream.restore(state)
                 self._restore(weights)
@@ -476,26 +479,33 @@ class _Run:
             for name, value in weights.items():
                 self.loaded.model.get_parameter(name).copy_(value)
 
-    def _statistics(self) -> None:
-        """Covariances of all edited layers, once for all editors."""
-        if self._covariances or not self.layers:
-            return
+    def _covariance(self) -> Callable[[int], Tensor]:
+        """Where editors get covariances; those of all edited layers are gathered at its first use."""
+        if self.statistics is None and self.layers:
+            self.statistics = self._statistics()
+        return self._no_covariance if self.statistics is None else self.statistics.covariance
+
+    @staticmethod
+    def _no_covariance(layer: int) -> Tensor:
+        raise AssertionError(f"no editor of this run names statistics, yet layer {layer} is asked for")
+
+    def _statistics(self) -> Statistics:
         spec, loaded = self.spec, self.loaded
         with self.display.stage("statistics") as stage:
 
             def progress(done: int, total: int) -> None:
                 stage.update(done / total)
 
-            corpus, found = gather_statistics(spec, loaded, self.layers, progress=progress)
+            found = statistics_of(spec, loaded, self.layers, progress=progress)
             self.timed("statistics", stage)
-        tokens, width = found[self.layers[0]].tokens, _key_width(loaded, self.layers[0])
+        tokens, width, corpus = found.tokens, _key_width(loaded, self.layers[0]), found.corpus
         if tokens < TOKENS_PER_WIDTH * width:
             self.notes.append(
                 f"The statistics are from {tokens:,} tokens, less than {TOKENS_PER_WIDTH} times the "
                 f"{width:,} directions of a key: directions not seen look unused."
             )
         self.folder.same("statistics", {"corpus": corpus.name, "digest": corpus.digest, "tokens": tokens})
-        self._covariances = found
+        return found
 
     # -- scores -------------------------------------------------------------------------------------------
 

@@ -398,9 +398,9 @@ def as_yaml(found: Found) -> str:
             "negatives": spec.negatives,
         },
         "statistics": {
-            "corpus": found.tuner.corpus.name,
-            "digest": found.tuner.corpus.digest,
-            "tokens": found.tuner.covariances[plan.layers[0]].tokens,
+            "corpus": found.tuner.statistics.corpus.name,
+            "digest": found.tuner.statistics.corpus.digest,
+            "tokens": found.tuner.statistics.tokens,
         },
         **{name: made_of[name] for name in ("commit", "dirty", "python", "packages", "machine", "threads")},
         "unedited": _values(found.unedited),

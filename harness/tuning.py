@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from editors import EDITORS
+from editors.alphaedit import AlphaEditStream
 from editors.closed_form import ClosedFormEditor
 from editors.sites import sites_for
 from editors.targets import TargetConfig
@@ -25,7 +26,7 @@ from harness.kept_targets import KeptTargets
 from harness.metrics import edit_scores, harmonic_mean, resampling_counts, tabulate_cell
 from harness.models import LoadedModel, edit_in_float32, weights_in_place
 from harness.progress import Stage
-from harness.run import answer_fields, batch_queries, gather_statistics
+from harness.run import answer_fields, batch_queries, statistics_of
 from harness.scoring import score
 from harness.spec import RunSpec
 from reports.record import Score
@@ -220,7 +221,7 @@ class Tuner:
 
     def gather(self, stage: Stage) -> None:
         """The covariances of all layers, in one pass over the corpus."""
-        self.corpus, self.covariances = gather_statistics(
+        self.statistics = statistics_of(
             self.spec, self.loaded, self.layers, progress=lambda done, total: stage.update(done / total)
         )
 
@@ -249,9 +250,11 @@ class Tuner:
         editor: Any = EDITORS[setting.editor][1](setting.config(self.spec.settings[setting.editor]))
         stream = editor.start(
             self.model, self.loaded.tokenizer,
-            covariance=lambda layer: self.covariances[layer].matrix, seed=self.spec.seed,
+            covariance=self.statistics.covariance, seed=self.spec.seed,
             progress=lambda what, done, total: tell(what, done / total), targets=self.targets,
         )  # fmt: skip
+        if isinstance(stream, AlphaEditStream):
+            stream.null_space_source = self.statistics.null_space
         fresh = stream.state()
         rows: list[Row] = []
         for batch in self.batches:

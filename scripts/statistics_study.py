@@ -25,7 +25,7 @@ from harness.metrics import edit_scores, resampling_counts, tabulate_cell
 from harness.models import find_model, load_model
 from harness.scoring import Query, score
 from harness.spec import editor_settings
-from harness.stats import covariances, load_corpus
+from harness.stats import gather_statistics, load_corpus
 
 EDITS = 100
 TOKENS = (2_000, 8_000, 15_000, 30_000, 60_000, 120_000)
@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             corpus = load_corpus(
                 corpus_name, loaded, limit=max(args.tokens), seed=0, progress=lambda *_: None
             )
-            found = covariances(loaded, layers, corpus, limit=tokens, progress=lambda *_: None)
+            found = gather_statistics(loaded, layers, corpus, limit=tokens, progress=lambda *_: None)
             for editor in settings:
                 start = time.perf_counter()
                 config, kind = EDITORS[editor]
                 stream = kind(config(**settings[editor])).start(
-                    model, tokenizer, covariance=lambda layer, found=found: found[layer].matrix, seed=0
+                    model, tokenizer, covariance=found.covariance, seed=0
                 )
                 stream.edit(requests)
                 answers = score(

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +16,17 @@ from safetensors.torch import save_file
 
 from benchmarks import reference
 from benchmarks.tiny import MODEL_TYPES, tiny_model, tiny_texts, tiny_tokenizer
+from editors.linalg import null_space
 from editors.sites import sites_for
-from harness import stats
+from harness import stats, vault
 from harness.models import LoadedModel, edit_in_float32, tokenizer_digest, weights_digest
 from harness.stats import (
     Corpus,
     Covariance,
     Identity,
-    covariances,
+    Statistics,
     gather_covariances,
+    gather_statistics,
     load_corpus,
     own_text,
     read_covariance,
@@ -229,10 +232,11 @@ def lie_about_header(path: Path) -> None:
         lambda _: rewrite(lambda m, t: (m | {"tokens": "many"}, t)),
         lambda _: rewrite(lambda m, t: (m, t.index_fill(0, torch.tensor([1]), float("nan")))),
         lambda _: rewrite(lambda m, t: (m, t.index_fill(0, torch.tensor([1]), float("inf")))),
+        lambda _: rewrite(lambda m, t: (m, 2 * t)),
     ],
     ids=[
         "cut", "cut header", "false header", "empty", "other tensor", "other identity", "broken identity",
-        "no identity", "no count", "no number", "nan", "inf",
+        "no identity", "no count", "no number", "nan", "inf", "other numbers",
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_what_it_should_be_is_refused(damage: Callable[[Path], object]) -> None:
@@ -268,22 +272,116 @@ def test_only_missing_layers_are_computed(monkeypatch: pytest.MonkeyPatch) -> No
         return plain(model, tokenizer, layers, *args, **kwargs)
 
     monkeypatch.setattr(stats, "gather_covariances", noted)
-    first = covariances(loaded, [1, 2], corpus(), limit=90, progress=quiet)
-    again = covariances(loaded, [1, 2, 3], corpus(), limit=90, progress=quiet)
-    covariances(loaded, [3, 1], corpus(), limit=90, progress=quiet)
+    first = gather_statistics(loaded, [1, 2], corpus(), limit=90, progress=quiet)
+    again = gather_statistics(loaded, [1, 2, 3], corpus(), limit=90, progress=quiet)
+    gather_statistics(loaded, [3, 1], corpus(), limit=90, progress=quiet)
     assert asked == [[1, 2], [3]]
-    assert list(again) == [1, 2, 3]
-    assert torch.equal(first[2].matrix, again[2].matrix)
-    covariances(loaded, [1], corpus(), limit=91, progress=quiet)
-    covariances(loaded, [1], corpus(TEXTS[:9]), limit=90, progress=quiet)
-    covariances(loaded_model(seed=1, dtype=torch.float64), [1], corpus(), limit=90, progress=quiet)
+    assert list(again.identities) == [1, 2, 3]
+    assert torch.equal(first.covariance(2), again.covariance(2))
+    gather_statistics(loaded, [1], corpus(), limit=91, progress=quiet)
+    gather_statistics(loaded, [1], corpus(TEXTS[:9]), limit=90, progress=quiet)
+    gather_statistics(loaded_model(seed=1, dtype=torch.float64), [1], corpus(), limit=90, progress=quiet)
     assert asked[2:] == [[1], [1], [1]]
 
 
 def test_texts_are_cut_to_the_models_context() -> None:
     loaded = loaded_model("gpt2")
     long = Corpus(name="long", digest="1", texts=("Rome and Paris " * 400,))
-    assert covariances(loaded, [1], long, limit=None, progress=quiet)[1].tokens == 256
+    assert gather_statistics(loaded, [1], long, limit=None, progress=quiet).tokens == 256
+
+
+@pytest.mark.parametrize("rank", [2, 5], ids=["small", "large"])
+def test_a_projector_is_made_once_and_comes_back_to_the_bit(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.tensor([1e-3] * rank + [1.0] * (7 - rank), dtype=torch.float64)
+    basis = torch.linalg.qr(
+        torch.randn(7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )[0]
+    write_covariance(identity(), Covariance(matrix=(basis * values) @ basis.T, tokens=9))
+    statistics = Statistics(corpus=corpus(), identities={1: identity()}, tokens=9, device=torch.device("cpu"))
+    made = null_space(statistics.covariance(1), 0.02)
+    first = statistics.null_space(1, 0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(stats, "null_space", lambda *_: pytest.fail("it is kept"))
+        for found in (first, statistics.null_space(1, 0.02)):
+            assert torch.equal(found.basis, made.basis)
+            assert (found.complement, found.rank) == (made.complement, rank)
+    assert statistics.null_space(1, 2.0).rank == 7  # another threshold is another file
+    assert len(list(identity().path.parent.iterdir())) == 3
+
+
+# -- the vault ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled() -> Path:
+    """A covariance, a projector of it, one of another model, and one of an older version."""
+    write_covariance(identity(), made_up())
+    Statistics(corpus=corpus(), identities={1: identity()}, tokens=77, device=torch.device("cpu")).null_space(
+        1, 0.5
+    )
+    write_covariance(identity(model="xyz"), made_up())
+    rewritten = identity(corpus="older")
+    write_covariance(rewritten, made_up())
+    with safe_open(rewritten.path, framework="pt") as file:
+        said = {name: text for name, text in file.metadata().items() if name != "digest"}
+    save_file({"covariance": made_up().matrix}, rewritten.path, said)
+    return identity().path.parent
+
+
+def replaced(matrix: torch.Tensor) -> None:
+    write_covariance(identity(), Covariance(matrix=matrix, tokens=1))
+
+
+def test_the_vault_lists_and_verifies_what_is_kept(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vault.main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("covariance") == 3 and out.count("projector") == 1
+    assert "h.1.weight" in out and "77" in out and "4 files" in out
+    assert vault.main(["verify"]) == 0
+    assert "4 files verified; 1 of older versions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut, "is broken"),
+        (lambda path: path.write_bytes(b""), "is broken"),
+        (lambda path: path.rename(path.with_name("other.safetensors")), "is of"),
+        (lambda _: rewrite(lambda m, t: (m, 2 * t)), "changed after it was written"),
+        (lambda _: write_covariance(identity(), Covariance(matrix=torch.eye(3)[:2], tokens=1)), "not square"),
+        (
+            lambda _: write_covariance(identity(), Covariance(matrix=-torch.eye(3), tokens=1)),
+            "no second moment",
+        ),
+    ],
+    ids=["cut", "empty", "renamed", "changed", "oblong", "negative"],
+)
+def test_broken_files_are_named_and_removed_on_request(
+    filled: Path, damage: Callable[[Path], object], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(identity().path)
+    assert vault.main(["verify"]) == 1
+    out = capsys.readouterr().out
+    assert words in out and "1 of 4 files are broken" in out
+    assert vault.main(["prune", "--broken"]) == 0
+    assert "1 files removed" in capsys.readouterr().out
+    assert vault.main(["verify"]) == 0
+    assert len(list(filled.iterdir())) == 3
+
+
+def test_pruning_takes_what_all_conditions_select(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vault.main(["prune"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--broken, --model DIGEST" in error
+    os.utime(identity().path, (0, 0))
+    assert vault.main(["prune", "--model", "xy", "--older-than", "1"]) == 0
+    assert len(list(filled.iterdir())) == 4
+    assert vault.main(["prune", "--model", "abc", "--older-than", "1"]) == 0
+    assert not identity().path.exists()
+    assert vault.main(["prune", "--all"]) == 0
+    assert not list(filled.iterdir())
 
 
 # -- corpora ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from harness.models import find_model, load_model
 from harness.run import answer_fields, batch_queries
 from harness.scoring import score
 from harness.spec import read_hyperparameters, resolve
-from harness.stats import covariances, load_corpus
+from harness.stats import gather_statistics, load_corpus
 from harness.tuning import Grid, Setting, Trial, choose, layer_sets, search, strength_field
 from reports.record import Score
 
@@ -273,12 +273,10 @@ def one_by_one(
     for at in range(0, RECORDS, SIZE):
         loaded = load_model(str(place.model), find_model(str(place.model)), dtype=torch.float32, device="cpu")
         corpus = load_corpus(str(place.texts), loaded, limit=None, seed=0, progress=lambda *_: None)
-        found = covariances(loaded, row["layers"], corpus, limit=None, progress=lambda *_: None)
+        found = gather_statistics(loaded, row["layers"], corpus, limit=None, progress=lambda *_: None)
         kind, editor = EDITORS[row["editor"]]
         start: Any = editor(kind(**config)).start
-        stream = start(
-            loaded.model, loaded.tokenizer, covariance=lambda layer, found=found: found[layer].matrix, seed=0
-        )
+        stream = start(loaded.model, loaded.tokenizer, covariance=found.covariance, seed=0)
         batch = [cases[case_id] for case_id in ids[at : at + SIZE]]
         stream.edit([case.request for case in batch])
         for (about, query), answer in zip(
