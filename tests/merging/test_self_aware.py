@@ -55,6 +55,17 @@ def test_bracketing_and_chunking_do_not_change_the_mask(
         assert torch.equal(top_magnitude_mask(tensor, keep), expected_mask(tensor, keep))
 
 
+@given(tensors_and_counts(), st.integers(1, 9), st.sampled_from([1.0, 0.5]))
+def test_merged_weights_are_those_of_the_mask(case: tuple[Tensor, int], chunk: int, scale: float) -> None:
+    """Also where only some of the entries at the threshold are kept, in one chunk or in several."""
+    delta, keep = case
+    base = torch.linspace(-3, 3, delta.numel())
+    kept = torch.where(expected_mask(delta, keep), delta, 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_aware, "_CHUNK", chunk)
+        assert torch.equal(self_aware._add_top(base, delta, keep, scale), base + scale * kept)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_mask_of_a_tensor_beyond_the_sample_size(ties: bool) -> None:
     generator = torch.Generator().manual_seed(1)
