@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs = _jobs(args)
     except ValueError as error:
         return _refused(error)
+    if args.plan:
+        return _planned(jobs)
     for job in jobs:
         base = job.folder if len(jobs) == 1 else job.folder.parent
         try:
@@ -68,6 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = max(status, 1 if failed else 0)
     if len(jobs) > 1:
         print(f"All runs: python -m harness.report {' '.join(str(job.folder) for job in jobs)}")
+    return status
+
+
+def _planned(jobs: Sequence[Job]) -> int:
+    """Print what each run would need; nothing is made."""
+    from harness.plan import plan
+
+    status = 0
+    for job in jobs:
+        try:
+            print(plan(job.spec, data=job.data), end="\n\n" if job is not jobs[-1] else "\n")
+        except ValueError as error:
+            status = _refused(error)
     return status
 
 
@@ -95,7 +111,8 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     jobs = []
     for name, own in runs.items():
         try:
-            job = _job({**config, **own, **_given(args)}, [config, own, {"set": args.set}])
+            given = {**config, **own, **_given(args)}
+            job = _job(given, [config, own, {"set": args.set}], planned=args.plan)
             if len(runs) > 1:  # else the run itself does it at once
                 _check_files(job)
         except ValueError as error:
@@ -108,18 +125,26 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def _job(given: dict[str, Any], settings: Sequence[Mapping[str, Any]]) -> Job:
+def _job(given: dict[str, Any], settings: Sequence[Mapping[str, Any]], *, planned: bool) -> Job:
     """One run from the values that count for it; its folder is not known yet.
 
-    settings: whose ``set`` count, the last ones most.
+    settings: whose ``set`` count, the last ones most. planned: it may name a GPU that is not here.
     """
+    from harness.plan import is_present
     from harness.spec import read_hyperparameters, resolve
 
     overrides = [override for values in settings for override in values.get("set") or ()]
     given.pop("set", None), given.pop("out", None)
     data, path = given.pop("data", None), given.pop("hyperparameters", None)
     file = read_hyperparameters(path) if path else None
-    return Job(spec=resolve(given, overrides, file), folder=RUNS, data=data, hyperparameters=file)
+    device = given.get("device", "")
+    absent = planned and re.fullmatch(r"cuda(:[0-9]{1,4})?", device) and not is_present(device)
+    if absent:
+        given |= {"device": "cpu", "dtype": given.get("dtype") or "bfloat16"}
+    spec = resolve(given, overrides, file)
+    if absent:
+        spec = replace(spec, device=device)
+    return Job(spec=spec, folder=RUNS, data=data, hyperparameters=file)
 
 
 def _check_files(job: Job) -> None:
@@ -157,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="run folder; default: runs/<timestamp>-<model>-<dataset>"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print what the run would need (time, memory, disk), and end"
     )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an existing run folder (the default)")

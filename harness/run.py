@@ -133,6 +133,10 @@ def run_grid(
             raise RuntimeError(f"the run stopped: {error}") from error
         folder.note(status="failed" if failed else "complete", notes=[*notes, *run.notes, *folder.notes])
         write_reports(out)
+        from harness.plan import compare, comparison  # which needs this module
+
+        folder.note(budget=compare(spec, loaded, selection, suite, folder))
+        display.say(comparison(folder.info["budget"]))
     return failed
 
 

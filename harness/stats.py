@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from editors.capture import inputs_of, packed, pad_right
+from editors.capture import packed, pad_right
 from editors.linalg import NullSpace, null_space
 from editors.sites import Sites, device_of, sites_for
 from harness.digested import content_digest, write_digested
@@ -28,6 +29,7 @@ SAMPLE_BATCH = 64  # texts sampled together
 PASS_TOKENS = 4096
 DEVICE_PASSES = 32  # whose products an accelerator sums before the host takes them
 EIGEN_COPIES = 6  # of a covariance that its eigenvectors need on an accelerator
+REMEDY = "delete it to have it made anew, or all such files: python -m harness.vault prune --broken"
 Progress = Callable[[int, int], None]
 
 
@@ -137,7 +139,10 @@ def own_text(loaded: LoadedModel, *, tokens: int, seed: int, progress: Progress)
             sample_texts(loaded.model, loaded.tokenizer, tokens=tokens, seed=seed, progress=progress)
         )
         write_lines_gz(kept, ({"text": text} for text in texts))
-    return [record["text"] for record in read_lines(kept)]
+    try:
+        return read_texts(str(kept))
+    except ValueError as error:
+        raise ValueError(f"sampled text in the cache: {error}; {REMEDY}") from None
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -283,21 +288,20 @@ def read_kept(
 
     identity: what it must be of; None: what its name says.
     """
-    remedy = "delete it to have it made anew, or all such files: python -m harness.vault prune --broken"
     try:
         tensors, metadata = read_tensors(path)
-        written = json.loads(metadata["identity"])
+        written = dict(json.loads(metadata["identity"]))
         kind = "basis" if "nullspace_threshold" in written else "covariance"
         matrix = tensors[kind]
         _ = int(metadata["tokens"]) if kind == "covariance" else metadata["complement"]
     except Exception as error:
-        raise ValueError(f"statistics file {path} is broken ({error}); {remedy}") from None
+        raise ValueError(f"statistics file {path} is broken ({error}); {REMEDY}") from None
     if written != identity if identity is not None else vault_path(written) != path:
-        raise ValueError(f"statistics file {path} is of {metadata['identity']}; {remedy}")
+        raise ValueError(f"statistics file {path} is of {metadata['identity']}; {REMEDY}")
     if not torch.isfinite(matrix).all():
-        raise ValueError(f"statistics file {path} has entries that are not finite; {remedy}")
+        raise ValueError(f"statistics file {path} has entries that are not finite; {REMEDY}")
     if metadata.get("digest", "") not in ("", content_digest(tensors, metadata)):  # older ones have none
-        raise ValueError(f"statistics file {path} was changed after it was written; {remedy}")
+        raise ValueError(f"statistics file {path} was changed after it was written; {REMEDY}")
     return tensors, metadata
 
 
@@ -332,8 +336,7 @@ def gather_covariances(
     done = 0
     for part in packed([len(row) for row in rows], PASS_TOKENS):
         ids, mask = pad_right([rows[i] for i in part], device)
-        for layer, keys in _keys_until(model, sites, layers, ids, mask).items():
-            sums[layer].add(keys)
+        _add_keys(model, sites, sums, ids, mask)
         done += int(mask.sum())
         progress(done, total)
     found: dict[int, Covariance] = {}
@@ -389,23 +392,27 @@ def _token_rows(
     return rows
 
 
-def _keys_until(
-    model: PreTrainedModel, sites: Sites, layers: Sequence[int], ids: Tensor, mask: Tensor
-) -> dict[int, Tensor]:
-    """Layer -> (real positions, d_in) keys; nothing above the highest layer's projection is computed."""
+def _add_keys(
+    model: PreTrainedModel, sites: Sites, sums: Mapping[int, _Sum], ids: Tensor, mask: Tensor
+) -> None:
+    """Add the keys at all real positions to each layer's sum as its projection is reached.
 
-    def stop(module: nn.Module, args: object) -> None:
-        raise _Enough
-
-    keys: dict[int, Tensor] = {}
-    top = max(layers)
+    Nothing above the highest layer's projection is computed, and one layer's keys are alive at a time.
+    """
+    top = max(sums)
     real = mask.bool().flatten()
+
+    def take(module: nn.Module, args: tuple[Tensor, ...], layer: int) -> None:
+        keys = args[0].reshape(len(real), -1)[real]
+        sums[layer].add(keys.to(torch.promote_types(torch.float32, keys.dtype)))
+        if layer == top:
+            raise _Enough
+
     with ExitStack() as stack:
-        seen = {layer: stack.enter_context(inputs_of(sites.projection(model, layer))) for layer in layers}
-        stack.callback(sites.projection(model, top).register_forward_pre_hook(stop).remove)
+        for layer in sums:
+            hook = partial(take, layer=layer)
+            stack.callback(
+                sites.projection(model, layer).register_forward_pre_hook(hook, prepend=True).remove
+            )
         stack.enter_context(suppress(_Enough))
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    for layer in layers:
-        key = seen[layer][0].reshape(len(real), -1)[real]
-        keys[layer] = key.to(torch.promote_types(torch.float32, key.dtype))
-    return keys
