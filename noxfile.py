@@ -1,5 +1,6 @@
 """The sessions of the README; each forwards its arguments to one module."""
 
+import json
 import os
 from pathlib import Path
 
@@ -57,11 +58,14 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """The long proofs: 10,000 made-up inputs of each kind, of which the tests try 200."""
+    """The long proofs: 10,000 made-up inputs of each kind, of which the tests try 200; runs that are killed
+    or refused a write, anywhere; the memory of a long run.
+    """
     install(session, "test")
     session.run(
-        "python", "-m", "pytest", "tests/harness/test_fuzz.py", *session.posargs,
-        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SEQMMR_FUZZ": "10000"},
+        "python", "-m", "pytest", "--numprocesses=auto", "--maxprocesses=4",
+        *(f"tests/harness/test_{name}.py" for name in ("fuzz", "kill", "memory")), *session.posargs,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SEQMMR_FUZZ": "10000", "SEQMMR_SOAK": "1"},
     )  # fmt: skip
 
 
@@ -81,19 +85,45 @@ def tune(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Benchmarks beside their baselines (python -m benchmarks)."""
+    """Benchmarks beside their baselines; with --table, their page in docs (python -m benchmarks)."""
     install(session)
     session.run("python", "-m", "benchmarks", *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff, mypy and the import contract."""
+    """ruff, mypy, the import contract, and known vulnerabilities of the locked packages."""
     install(session, "lint", "test")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     session.run("python", "-m", "pytest", "tests/test_imports.py", "-q")
+    locked, audit = (Path(session.create_tmp(), name) for name in ("locked.txt", "audit.json"))
+    session.run(
+        "uv", "export", "--quiet", "--locked", "--all-extras", "--no-emit-project",
+        "--format", "requirements-txt", "--output-file", str(locked),
+        external=True,
+    )  # fmt: skip
+    audit.unlink(missing_ok=True)
+    said = session.run(
+        "pip-audit", "--requirement", str(locked), "--disable-pip", "--require-hashes",
+        "--progress-spinner", "off", "--timeout", "10", "--format", "json", "--output", str(audit),
+        silent=True, success_codes=[0, 1],
+    )  # fmt: skip
+    if not audit.is_file():  # it ends with 1 for vulnerabilities and for an index out of reach alike
+        reason = str(said).strip().rpartition("\n")[2][:200]
+        session.warn(f"pip-audit: no package was audited, the index cannot be asked: {reason}")
+        return
+    packages = json.loads(audit.read_text("utf-8"))["dependencies"]
+    asked = [package for package in packages if "vulns" in package]  # others: the index has no page of them
+    found = [f"{one['name']} {one['version']}: {v['id']}" for one in asked for v in one["vulns"]]
+    if found:
+        session.error(f"pip-audit: known vulnerabilities: {'; '.join(found)}")
+    summary = f"pip-audit: {len(asked)} of {len(packages)} packages audited, no vulnerability known in them"
+    if len(asked) < len(packages):
+        session.warn(f"{summary}; of the others the index has no advisories")
+    else:
+        session.log(summary)
 
 
 @nox.session

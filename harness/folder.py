@@ -1,6 +1,7 @@
 """The run folder: what identifies a run, what is in it, and how its files are written."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -21,7 +22,11 @@ from reports.record import SCHEMA_VERSION, Record
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "sentence-transformers")
 LOCK = ".lock"
-SESSION = ("commit", "dirty", "python", "packages", "threads")  # may differ where a run was continued
+SESSION = ("commit", "dirty", "python", "packages", "threads", "kernels")  # sessions may differ
+KERNEL_VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG", "MKL_CBWR", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
 STAGES = {  # version of each stage's code: rises when what it leaves on disk would be another
     "editing": 1, "merging": 1, "routing": 1, "scoring": 1, "statistics": 1, "tasks": 1, "texts": 1,
 }  # fmt: skip
@@ -102,11 +107,15 @@ class RunFolder:
     @property
     def notes(self) -> list[str]:
         """What a report must say of how the folder came about."""
-        first, *others = self.info["sessions"]
-        differ = sorted({name for other in others for name in SESSION if other[name] != first[name]})
+        sessions = self.info["sessions"]  # those of an older version lack a field
+        differ = sorted(
+            name
+            for name in SESSION
+            if len({json.dumps(one[name], sort_keys=True) for one in sessions if name in one}) > 1
+        )
         if not differ:
             return []
-        return [f"The run was continued with another {', '.join(differ)}; run.json has all sessions."]
+        return [f"The run was continued under changed {', '.join(differ)}; run.json has all sessions."]
 
     def note(self, **more: Any) -> None:
         """Take up further fields and write run.json."""
@@ -214,6 +223,7 @@ def provenance(spec: RunSpec, dataset: Dataset, selection: Selection, encoder: s
         "packages": versions,
         "machine": {"processor": platform.machine(), "system": platform.system(), "gpu": gpu},
         "threads": torch.get_num_threads(),
+        "kernels": kernels(spec.device),
         "dataset": {
             "name": dataset.name,
             "source": dataset.source,
@@ -225,6 +235,27 @@ def provenance(spec: RunSpec, dataset: Dataset, selection: Selection, encoder: s
         "negative_ids": [case.case_id for case in selection.negatives],
         "hyperparameter_sources": {name: hyperparameter_source(spec.model, name) for name in spec.editors},
     }
+
+
+def kernels(device: str) -> dict[str, Any]:
+    """What chooses among kernels whose results differ in their last bits."""
+    backends: Any = torch.backends
+    chosen = {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cpu_capability": backends.cpu.get_cpu_capability(),
+        "mkl": backends.mkl.is_available(),
+        "openmp": backends.openmp.is_available(),
+        "mkldnn": backends.mkldnn.is_available() and backends.mkldnn.enabled,
+        "environment": {name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},
+    }
+    if device.startswith("cuda"):
+        chosen |= {
+            "cuda_matmul_allow_tf32": backends.cuda.matmul.allow_tf32,
+            "cudnn_allow_tf32": backends.cudnn.allow_tf32,
+            "cudnn_deterministic": backends.cudnn.deterministic,
+            "cudnn_benchmark": backends.cudnn.benchmark,
+        }
+    return chosen
 
 
 def _commit() -> dict[str, Any]:

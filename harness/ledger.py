@@ -520,7 +520,9 @@ def _tokenizer(ledger: Ledger) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     source = _source(ledger)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=False
+    )
     return tokenizer
 
 

@@ -115,7 +115,9 @@ def find_model(name: str) -> _Source:
 def model_config(source: _Source) -> Any:
     """The configuration alone, checked to be of a known architecture; ValueError in one line if not."""
     with _one_line(source):
-        config = AutoConfig.from_pretrained(source.path, revision=source.revision)
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=False
+        )  # nor is the user asked: by default transformers does
     sites_of(config.model_type)
     return config
 
@@ -124,7 +126,9 @@ def load_model(name: str, source: _Source, *, dtype: torch.dtype, device: str) -
     """Load a model and its tokenizer, ready for evaluation; no parameter takes a gradient."""
     config = model_config(source)
     with _one_line(source):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=False
+        )
         if not tokenizer("text")["input_ids"]:  # what is made up where there are no files knows no text
             raise ValueError("it has no tokenizer; save one beside the weights")
         model: Any
@@ -132,7 +136,8 @@ def load_model(name: str, source: _Source, *, dtype: torch.dtype, device: str) -
         load: Any = AutoModelForCausalLM.from_pretrained
         model, info = load(
             source.path, config=config, revision=source.revision, dtype=dtype, low_cpu_mem_usage=True,
-            output_loading_info=True,
+            output_loading_info=True, trust_remote_code=False,
+            use_safetensors=None if name in MODELS else True,  # the commits of the presets are known
         )  # fmt: skip
         if info["missing_keys"]:  # they would be random
             raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")

@@ -24,7 +24,7 @@ from harness.budget import Budget, Fact, Machine, Need, Rates, Shape, Work, pred
 from harness.data import EditCase, KnowEditCase, Selection, load_dataset, select
 from harness.folder import RunFolder
 from harness.grid import merge_ratios, weights_id
-from harness.models import LoadedModel, find_model, model_config
+from harness.models import MODELS, LoadedModel, find_model, model_config
 from harness.run import OWN_TOKENS, TOKENS_PER_WIDTH, WEIGHT_VERSIONS, WORKING_BYTES
 from harness.spec import RunSpec
 
@@ -177,7 +177,7 @@ def _corpus_tokens(spec: RunSpec, count: Count, shape: Shape) -> tuple[int, int]
         return 0, 0
     if spec.stats == "self":
         tokens = spec.limit_stats or max(OWN_TOKENS, TOKENS_PER_WIDTH * shape.inner)
-        shipped = (stats.SAMPLES / f"{spec.model}.jsonl.gz").is_file()
+        shipped = spec.model in MODELS and (stats.SAMPLES / f"{spec.model}.jsonl.gz").is_file()
         return tokens, 0 if shipped else tokens
     if spec.stats == "wikipedia":
         tokens = stats.WIKIPEDIA_ARTICLES * ARTICLE_TOKENS
@@ -296,7 +296,7 @@ def _local_tokenizer(source: Any) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, if there is a copy of it on this machine."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.path, revision=source.revision, local_files_only=True
+            source.path, revision=source.revision, local_files_only=True, trust_remote_code=False
         )
         return tokenizer if tokenizer("text")["input_ids"] else None
     except Exception:  # whatever it lacks, the plan does without

@@ -18,7 +18,7 @@ from editors.capture import packed, pad_right
 from editors.linalg import NullSpace, null_space
 from editors.sites import Sites, device_of, sites_for
 from harness.digested import content_digest, write_digested
-from harness.models import LoadedModel
+from harness.models import MODELS, LoadedModel
 from harness.paths import cache_folder, read_lines, read_tensors, write_lines_gz
 
 WIKIPEDIA_HUB = ("wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa")
@@ -128,7 +128,7 @@ def own_text(loaded: LoadedModel, *, tokens: int, seed: int, progress: Progress)
     count.
     """
     shipped = SAMPLES / f"{loaded.name}.jsonl.gz"
-    if shipped.is_file():
+    if loaded.name in MODELS and shipped.is_file():  # else the name is a path
         texts = [record["text"] for record in read_lines(shipped)]
         if sum(len(loaded.tokenizer(text)["input_ids"]) for text in texts) >= tokens:
             return texts

@@ -1,11 +1,13 @@
 """``python -m harness.vault list|verify|prune``: the statistics that are kept between runs.
 
-Covariances and AlphaEdit's projectors lie in the cache folder, each file named by a digest of all it depends
-on: model, tokenizer, parameter, corpus, tokens and precision. docs/statistics.md says what is checked.
+Covariances, AlphaEdit's projectors and the texts sampled for them lie in the cache folder, each file named by
+all it depends on: model, tokenizer, parameter, corpus, tokens and precision. docs/statistics.md says what is
+checked.
 """
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,12 @@ from harness.paths import cache_folder, read_header
 
 SHOWN = 12  # characters of a digest
 DAY = 86400.0
+TEXT = re.compile(r"(?P<model>[0-9a-f]{16})(-[0-9a-f]{8})?-[0-9]+-(?P<tokens>[0-9]+)\.jsonl\.gz")
+FILES = (
+    ("stats", "*.safetensors"), ("stats", ".*.safetensors.*"),
+    ("samples", "*.jsonl.gz"), ("samples", ".*.jsonl.gz.*"),
+)  # fmt: skip
+OTHERS = ("embeddings", "models")  # folders of the cache whose size alone is shown
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,12 @@ class Entry:
 
     @property
     def kind(self) -> str:
+        if self.path.name.startswith("."):
+            return "unfinished"
         if not self.identity:
             return "?"
+        if self.path.parent.name == "samples":
+            return "text"
         return "projector" if "nullspace_threshold" in self.identity else "covariance"
 
     @property
@@ -39,13 +51,23 @@ class Entry:
         """Since it was written."""
         return (time.time() - self.path.stat().st_mtime) / DAY
 
+    def is_of(self, model: str) -> bool:
+        """Whether it is of the model whose digest begins so."""
+        own = str(self.identity.get("model", ""))
+        return bool(own) and own.startswith(model[: len(own)])
+
     def problem(self) -> str | None:
         """What is wrong with it, in one line; it is read whole."""
         import torch
 
-        from harness.stats import read_kept
+        from harness.stats import read_kept, read_texts
 
+        if self.kind == "unfinished":  # a write that goes on is younger
+            return f"{self.path} was left by a process that was stopped" if self.days > 1 else None
         try:
+            if self.path.parent.name == "samples":
+                read_texts(str(self.path))
+                return None
             tensors, _ = read_kept(self.path)
         except ValueError as error:
             return str(error).partition("; delete it")[0]
@@ -60,13 +82,21 @@ class Entry:
 
 def entries() -> Iterator[Entry]:
     """All files, oldest first."""
-    for path in sorted(cache_folder("stats").glob("*.safetensors"), key=lambda path: path.stat().st_mtime):
-        try:
-            said = read_header(path)
-            identity = json.loads(said["identity"])
-        except (ValueError, KeyError):
-            said, identity = {}, {}
-        yield Entry(path, identity if isinstance(identity, dict) else {}, said)
+    paths = {path for folder, pattern in FILES for path in cache_folder(folder).glob(pattern)}
+    for path in sorted(paths, key=lambda path: (path.stat().st_mtime, path)):
+        yield _entry(path)
+
+
+def _entry(path: Path) -> Entry:
+    if path.parent.name == "samples":
+        name = TEXT.fullmatch(path.name)
+        said = name.groupdict() if name else {}
+        return Entry(path, {"model": said["model"], "corpus": "self"} if said else {}, said)
+    try:
+        said = read_header(path)
+        return Entry(path, dict(json.loads(said["identity"])), said)
+    except (ValueError, KeyError, TypeError):
+        return Entry(path, {}, {})
 
 
 def show() -> int:
@@ -78,19 +108,23 @@ def show() -> int:
             entry.path.stem[:SHOWN],
             entry.kind,
             str(entry.identity.get("model", "?"))[:SHOWN],
-            entry.identity.get("parameter", "?"),
+            entry.identity.get("parameter", ""),
             entry.identity.get("corpus", "?"),
+            str(entry.identity.get("dtype", "")).removeprefix("torch."),
             f"{int(entry.said['tokens']):,}" if entry.said.get("tokens", "").isdigit() else "",
             f"{entry.path.stat().st_size / 1e6:,.1f}",
             f"{entry.days:.0f}",
         )
         for entry in entries()
     ]
-    headers = ("file", "kind", "model", "parameter", "corpus", "tokens", "MB", "days")
-    align = ("left", "left", "left", "left", "left", "right", "right", "right")
+    headers = ("file", "kind", "model", "parameter", "corpus", "dtype", "tokens", "MB", "days")
+    align = ("left", "left", "left", "left", "left", "left", "right", "right", "right")
     print(tabulate(rows, headers=headers, tablefmt="github", colalign=align if rows else None))
     total = sum(entry.path.stat().st_size for entry in entries())
-    print(f"\n{len(rows)} files, {total / 1e6:,.1f} MB in {cache_folder('stats')}")
+    print(f"\n{len(rows)} files, {total / 1e6:,.1f} MB in {cache_folder('stats').parent}")
+    for name in OTHERS:
+        size = sum(path.stat().st_size for path in cache_folder(name).rglob("*") if path.is_file())
+        print(f"beside them: {name}, {size / 1e6:,.1f} MB")
     return 0
 
 
@@ -100,7 +134,7 @@ def verify() -> int:
     problems = []
     for entry in entries():
         count += 1
-        undigested += bool(entry.identity) and "digest" not in entry.said
+        undigested += entry.kind in ("covariance", "projector") and "digest" not in entry.said
         problem = entry.problem()
         if problem is not None:
             problems.append(problem)
@@ -119,7 +153,7 @@ def prune(args: argparse.Namespace) -> int:
         raise ValueError("prune needs what to remove: --broken, --model DIGEST, --older-than DAYS or --all")
     removed = freed = 0
     for entry in list(entries()):
-        if args.model and not str(entry.identity.get("model", "")).startswith(args.model):
+        if args.model and not entry.is_of(args.model):
             continue
         if args.older_than is not None and entry.days < args.older_than:
             continue
@@ -128,7 +162,7 @@ def prune(args: argparse.Namespace) -> int:
         freed += entry.path.stat().st_size
         removed += 1
         entry.path.unlink()
-        what = entry.identity.get("parameter", "nothing readable")
+        what = entry.identity.get("parameter") or entry.identity.get("corpus", "nothing readable")
         print(f"removed {entry.path.name}: {entry.kind} of {what}")
     print(f"{removed} files removed, {freed / 1e6:,.1f} MB")
     return 0

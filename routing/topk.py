@@ -120,7 +120,10 @@ class TopK:
             left = left[~full]
         for part in np.split(left, range(size, len(left), size)):
             chunk = queries if len(part) == len(queries) else queries[torch.from_numpy(part)]
-            similarities = chunk @ corpus.T if rough is None else chunk.to(rough.dtype) @ rough.T
+            if rough is None:
+                similarities = chunk @ corpus.T
+            else:  # in this order oneDNN takes half the time
+                similarities = (rough @ chunk.to(rough.dtype).T).T.contiguous()
             for rows, found in _candidates(similarities, k):
                 at = part[rows.cpu().numpy()]
                 weights[at], places[at] = self._ranked(chunk[rows], found, k)

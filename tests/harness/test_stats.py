@@ -227,6 +227,7 @@ def lie_about_header(path: Path) -> None:
         lambda path: save_file({"other": torch.zeros(2)}, path, {"tokens": "3"}),
         lambda _: rewrite(lambda m, t: (m | {"identity": m["identity"].replace("abc", "abd")}, t)),
         lambda _: rewrite(lambda m, t: (m | {"identity": "{broken"}, t)),
+        lambda _: rewrite(lambda m, t: (m | {"identity": "[1]"}, t)),
         lambda _: rewrite(lambda m, t: ({"tokens": m["tokens"]}, t)),
         lambda _: rewrite(lambda m, t: ({"identity": m["identity"]}, t)),
         lambda _: rewrite(lambda m, t: (m | {"tokens": "many"}, t)),
@@ -236,7 +237,7 @@ def lie_about_header(path: Path) -> None:
     ],
     ids=[
         "cut", "cut header", "false header", "empty", "other tensor", "other identity", "broken identity",
-        "no identity", "no count", "no number", "nan", "inf", "other numbers",
+        "listed identity", "no identity", "no count", "no number", "nan", "inf", "other numbers",
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_what_it_should_be_is_refused(damage: Callable[[Path], object]) -> None:
@@ -330,10 +331,6 @@ def filled() -> Path:
     return identity().path.parent
 
 
-def replaced(matrix: torch.Tensor) -> None:
-    write_covariance(identity(), Covariance(matrix=matrix, tokens=1))
-
-
 def test_the_vault_lists_and_verifies_what_is_kept(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert vault.main(["list"]) == 0
     out = capsys.readouterr().out
@@ -382,6 +379,43 @@ def test_pruning_takes_what_all_conditions_select(filled: Path, capsys: pytest.C
     assert not identity().path.exists()
     assert vault.main(["prune", "--all"]) == 0
     assert not list(filled.iterdir())
+
+
+def test_sampled_texts_are_in_the_vault_too(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stats, "SAMPLE_BATCH", 2)
+    monkeypatch.setattr(stats, "SAMPLE_LENGTH", 5)
+    loaded = loaded_model()
+    folder = filled.parent / "samples"
+    made = own_text(loaded, tokens=10, seed=0, progress=quiet)
+    (kept,) = folder.iterdir()
+    assert vault.main(["verify"]) == 0
+    assert vault.main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "5 files verified" in out and f"| text       | {loaded.digest[:12]} |" in out
+    cut(kept)
+    assert vault.main(["verify"]) == 1
+    assert kept.name in capsys.readouterr().out
+    with pytest.raises(ValueError, match="vault prune --broken"):
+        own_text(loaded, tokens=10, seed=0, progress=quiet)
+    assert vault.main(["prune", "--broken"]) == 0
+    assert not list(folder.iterdir())
+    assert own_text(loaded, tokens=10, seed=0, progress=quiet) == made
+    assert vault.main(["prune", "--model", loaded.digest]) == 0  # of which the file's name has the beginning
+    assert not list(folder.iterdir())
+    assert len(list(filled.iterdir())) == 4
+
+
+def test_what_a_killed_write_left_goes_a_day_later(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left, going = (filled / f".{identity().path.name}.{end}" for end in ("abc", "def"))
+    left.write_bytes(b"half"), going.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    assert vault.main(["verify"]) == 1
+    assert "was left by a process that was stopped" in capsys.readouterr().out
+    assert vault.main(["prune", "--broken"]) == 0
+    assert going.exists() and not left.exists()
+    assert vault.main(["verify"]) == 0
 
 
 # -- corpora ------------------------------------------------------------------------------------------------
@@ -494,6 +528,6 @@ def test_shipped_text_is_used_where_there_is_enough(monkeypatch: pytest.MonkeyPa
     (tmp_path / f"{loaded.name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     assert own_text(loaded, tokens=50, seed=0, progress=quiet) == TEXTS
     assert own_text(loaded, tokens=10**6, seed=0, progress=quiet) == ["sampled"]
-    assert own_text(dataclasses.replace(loaded, name="other"), tokens=50, seed=0, progress=quiet) == [
-        "sampled"
-    ]
+    for name in ("other", str(tmp_path / loaded.name)):  # a path is no shipped name
+        other = dataclasses.replace(loaded, name=name)
+        assert own_text(other, tokens=50, seed=0, progress=quiet) == ["sampled"]
