@@ -224,6 +224,7 @@ class _Run:
         edit_in_float32(loaded.model, names)
         packed = onednn.pack_linears(loaded.model, leave=set(names)) if onednn.available() else 0
         folder.info["provenance"]["onednn_layers"] = packed
+        folder.info["provenance"]["attention"] = loaded.model.config._attn_implementation
         place = _place_of_weights(loaded.model, names)
         self.base: Weights = {n: loaded.model.get_parameter(n).detach().to(place, copy=True) for n in names}
         self.replay = Replay(folder=folder.path, spec=spec, base=self.base, device=device_of(loaded.model))

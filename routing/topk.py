@@ -9,6 +9,7 @@ query goes to the edited model exactly if W+ >= W-.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from routing.api import Decision
 from routing.index import VectorIndex
 
 _CLIP = 10.0  # labels that all agree have no finite minimiser
-_SPARE = 8  # candidates beyond k that float32 similarities hand on
+_SPARE = 14  # candidates beyond k that a first look hands on
 _NOISE = 1e-5  # far more than two float32 products of unit vectors are off
 _SCREENED = 1000  # corpus texts from which bfloat16 products pay
 _CELLS = 2**24  # similarities held at a time, 64 MiB
@@ -209,6 +210,7 @@ def _floor(kth: Tensor) -> Tensor:
     return value - (2**-7 + 2**-8 * value.abs() + _NOISE)
 
 
+@cache
 def _bfloat16_is_fast() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
