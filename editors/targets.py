@@ -405,8 +405,8 @@ def _optimise(
             progress((step + 1) * unfinished + config.steps * (n - unfinished))
         if last or not active.any():
             break
-        tiny = torch.finfo(size.dtype).tiny  # the decay's gradient is zero at delta = 0
-        decay = config.weight_decay / (size.clamp(min=tiny) * scale**2)
+        decay = config.weight_decay / (size * scale**2)
+        decay = torch.where(size > 0, decay, 0)  # the decay's gradient is zero at delta = 0
         gradient = found.gradient + decay[..., None] * delta
         moved = _clamped(delta - adam.step(gradient), config.clamp_norm_factor * scale)
         delta = torch.where(active[:, None], moved, delta)

@@ -189,3 +189,17 @@ def test_bfloat16_stays_near_float32(tiny_models: Callable[..., torch.nn.Module]
     torch.testing.assert_close(coarse.first_loss, exact.first_loss, rtol=0.005, atol=0)
     assert exact.last_loss[3] < 0.05 < exact.first_loss[3]
     torch.testing.assert_close(coarse.last_loss, exact.last_loss, rtol=0.005, atol=0.005)
+
+
+def test_the_decay_of_a_small_hidden_state_is_finite() -> None:
+    """At delta = 0 its coefficient is beyond float32, and nothing is moved by it."""
+    model, tokenizer = tiny.tiny_model("llama"), tiny.tiny_tokenizer(bos=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name or "_proj" in name:
+                parameter.mul_(0.1)
+    config = replace(EARLY, steps=3, weight_decay=0.5)
+    targets = optimise_targets(model, tokenizer, tiny.tiny_requests(2), CONTEXTS, config)
+    assert targets.initial.norm(dim=1).max() < 0.1
+    assert torch.isfinite(targets.values).all()
+    assert (targets.values != targets.initial).any()
