@@ -40,6 +40,7 @@ from benchmarks.reference.models import (
 from benchmarks.reference.models import projection_of as _projection
 from benchmarks.reference.models import recorded_input as _recorded_input
 from benchmarks.reference.routing import (
+    route_by_product,
     route_numeric,
     route_one,
     similarity_weights,
@@ -50,6 +51,7 @@ from benchmarks.reference.scoring import (
     forced_prediction,
     knowedit_rates,
     likelihood,
+    record_likelihoods,
     score_record,
 )
 from benchmarks.reference.targets import (
@@ -136,10 +138,12 @@ __all__ = [
     "pmet_targets",
     "projection_of",
     "prune_weights",
+    "record_likelihoods",
     "rect_batch",
     "rect_prune",
     "rome_batch",
     "rome_target",
+    "route_by_product",
     "route_numeric",
     "route_one",
     "row_wise_variant",

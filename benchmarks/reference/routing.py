@@ -40,3 +40,10 @@ def route_one(query: Tensor, corpus: Tensor, labels: Sequence[int], k: int) -> f
     betas = similarity_weights(query, corpus)
     nearest = torch.sort(betas, descending=True, stable=True).indices[:k].tolist()
     return route_numeric([float(betas[i]) for i in nearest], [labels[i] for i in nearest])
+
+
+def route_by_product(query: Tensor, corpus: Tensor, labels: Sequence[int], k: int) -> float:
+    """The same as ``route_one``, with all cosines from one product; corpus (m, d) of unit length."""
+    betas = torch.exp(1 + corpus @ (query / torch.linalg.norm(query)))
+    nearest = torch.sort(betas, descending=True, stable=True).indices[:k].tolist()
+    return route_numeric([float(betas[i]) for i in nearest], [labels[i] for i in nearest])

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.reference.models import frozen, full_precision
-from benchmarks.reference.tokens import encode, filled, target_ids
+from benchmarks.reference.tokens import encode, filled, padded, target_ids
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,30 @@ def likelihood(
     nlls = [-log_p[place, token].item() for place, token in zip(places, ids, strict=True)]
     right = [int(log_p[place].argmax()) == token for place, token in zip(places, ids, strict=True)]
     return Likelihood(math.fsum(nlls) / len(nlls), math.fsum(nlls), tuple(right))
+
+
+@torch.no_grad()
+def record_likelihoods(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
+) -> list[list[Likelihood]]:
+    """Score every prompt of one record with every target in one padded batch, as the reference codes do.
+
+    Logits are taken at every position. Returned by prompt, then by target.
+    """
+    rows = [
+        (encode(tokenizer, prompt), target_ids(tokenizer, target)) for prompt in prompts for target in targets
+    ]
+    with frozen(model):
+        batch = padded(tokenizer, [before + ids for before, ids in rows], model.device)
+        logits = model(**batch, use_cache=False).logits
+    found: list[Likelihood] = []
+    for row, (before, ids) in enumerate(rows):
+        places = range(len(before) - 1, len(before) + len(ids) - 1)
+        log_p = [torch.log_softmax(full_precision(logits[row, place]), dim=-1) for place in places]
+        nlls = [-p[token].item() for p, token in zip(log_p, ids, strict=True)]
+        right = [int(p.argmax()) == token for p, token in zip(log_p, ids, strict=True)]
+        found.append(Likelihood(math.fsum(nlls) / len(nlls), math.fsum(nlls), tuple(right)))
+    return [found[i : i + len(targets)] for i in range(0, len(found), len(targets))]
 
 
 @torch.no_grad()
