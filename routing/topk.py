@@ -7,7 +7,7 @@ query goes to the edited model exactly if W+ >= W-.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,11 +20,14 @@ from routing.api import Decision
 from routing.index import VectorIndex
 
 _CLIP = 10.0  # labels that all agree have no finite minimiser
-_SPARE = 14  # candidates beyond k that a first look hands on
+_SPARE = 14  # candidates beyond k that an index hands on
 _NOISE = 1e-5  # far more than two float32 products of unit vectors are off
-_SCREENED = 1000  # corpus texts from which bfloat16 products pay
+_LARGEST = 127  # of 8 bits
+_SCREENED = 1000  # corpus texts from which products in 8 bits pay
+_GROUPS = 256  # of neighbouring corpus positions, whose maxima are looked at first
 _CELLS = 2**24  # similarities held at a time, 64 MiB
 _QUERIES = 256  # queries searched at a time; what is weighed again stays in the cache
+_PAIRS = 2**11  # of a query and a text weighed again at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +51,9 @@ class TopK:
     with the largest single weight answers. Without any positive in the corpus everything goes to the
     unedited model, with the lowest score. A k beyond the corpus lets the whole corpus vote.
 
-    Similarities are searched by float32 matrix products (in bfloat16 where a CPU has instructions for it, and
-    its error bounds what is then left out) and the nearest texts weighed again in float64, so that decisions
-    depend neither on that nor on how many queries are asked together.
+    Similarities are searched by float32 matrix products (of 8-bit integers where a CPU has instructions for
+    them, and their error bounds what is left out) and the nearest texts weighed again in float64, so that
+    decisions depend neither on that nor on how many queries are asked together.
     """
 
     def __init__(self, config: TopKConfig, embed: Callable[[Sequence[str]], Tensor]) -> None:
@@ -60,7 +63,7 @@ class TopK:
         self._experts: list[str | None] = []  # by corpus position
         self._positive: NDArray[np.bool_] = np.empty(0, dtype=bool)  # by corpus position, an expert is named
         self._parts: list[Tensor] = []  # unit vectors, (n, d) in all, in order of position
-        self._rough: Tensor | None = None  # them in bfloat16, where that is searched first
+        self._rough: _EightBits | None = None  # them in 8 bits, where those are searched first
         self._index: tuple[int, VectorIndex] | None = None  # of so many of them
 
     def add(self, expert: str | None, texts: Sequence[str]) -> None:
@@ -106,7 +109,7 @@ class TopK:
 
         queries: (queries, d), unit length.
         """
-        corpus, rough = self._corpus(), self._rough_corpus()
+        corpus = self._corpus()
         k = min(k, len(corpus))
         weights = np.empty((len(queries), k))
         places = np.empty((len(queries), k), dtype=np.int64)
@@ -115,20 +118,30 @@ class TopK:
         if len(corpus) >= self.config.indexed_from:
             narrowed = self._indexed().candidates(queries, k + _SPARE)
             full = (narrowed >= 0).all(axis=1)
-            if full.any():
-                found = torch.from_numpy(narrowed[full]).to(corpus.device)
-                weights[full], places[full] = self._ranked(queries[torch.from_numpy(full)], found, k)
+            rows = np.repeat(np.flatnonzero(full), narrowed.shape[1])
+            weights[full], places[full] = self._ranked(queries, rows, narrowed[full].ravel(), k)
             left = left[~full]
         for part in np.split(left, range(size, len(left), size)):
-            chunk = queries if len(part) == len(queries) else queries[torch.from_numpy(part)]
-            if rough is None:
-                similarities = chunk @ corpus.T
-            else:  # in this order oneDNN takes half the time
-                similarities = (rough @ chunk.to(rough.dtype).T).T.contiguous()
-            for rows, found in _candidates(similarities, k):
-                at = part[rows.cpu().numpy()]
-                weights[at], places[at] = self._ranked(chunk[rows], found, k)
+            if len(part):
+                chunk = queries if len(part) == len(queries) else queries[torch.from_numpy(part)]
+                weights[part], places[part] = self._ranked(chunk, *self._found(chunk, k), k)
         return weights, places
+
+    def _found(self, queries: Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows and corpus positions, (found,) each, rows in order: all that may be among the k nearest."""
+        corpus, rough = self._corpus(), self._rough_corpus()
+        if rough is None:
+            similarities = queries @ corpus.T
+            rows, found = _candidates(similarities, torch.full_like(similarities[:, :1], _NOISE), k)
+        else:
+            rows, found = _candidates(*rough.similarities(queries), k)
+            pairs = zip(torch.split(found, _PAIRS), torch.split(rows, _PAIRS), strict=True)
+            cosines = torch.cat(
+                [corpus.index_select(0, f).mul_(queries.index_select(0, r)).sum(1) for f, r in pairs]
+            )
+            near = cosines >= _kth(cosines, rows, k)[rows] - _NOISE
+            rows, found = rows[near], found[near]
+        return rows.cpu().numpy(), found.cpu().numpy()
 
     def _indexed(self) -> VectorIndex:
         """The index over the whole corpus, made anew when that has grown."""
@@ -138,14 +151,23 @@ class TopK:
         return self._index[1]
 
     def _ranked(
-        self, queries: Tensor, found: Tensor, k: int
+        self, queries: Tensor, rows: NDArray[np.int64], places: NDArray[np.int64], k: int
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Weights in float64 of the corpus positions found, (queries, found) -> the k largest, in order."""
-        cosines = (self._corpus()[found].double() * queries.double().unsqueeze(1)).sum(-1)
-        weights: NDArray[np.float64] = np.exp(1.0 + cosines.cpu().numpy())
-        places: NDArray[np.int64] = found.cpu().numpy()
-        order = np.lexsort((places, ~self._positive[places], -weights), axis=-1)[:, :k]
-        return np.take_along_axis(weights, order, 1), np.take_along_axis(places, order, 1)
+        """The k largest weights, in float64, of the corpus ``places`` found for ``rows`` of the queries.
+
+        rows, places: (found,), at least k of every row that is there, rows in order -> two of (rows, k).
+        """
+        corpus, doubles, cosines = self._corpus(), queries.double(), np.empty(len(rows))
+        for start in range(0, len(rows), _PAIRS):
+            some = slice(start, start + _PAIRS)
+            texts, asked = (torch.from_numpy(part[some]).to(corpus.device) for part in (places, rows))
+            products = corpus.index_select(0, texts).double().mul_(doubles.index_select(0, asked))
+            cosines[some] = products.sum(1).cpu().numpy()
+        weights = np.exp(1.0 + cosines)
+        order = np.lexsort((places, ~self._positive[places], -weights, rows))
+        first = np.flatnonzero(np.diff(rows, prepend=-1))  # in the order a row keeps its stretch
+        best = order[first[:, None] + np.arange(k)]
+        return weights[best], places[best]
 
     def _corpus(self) -> Tensor:
         """(n, d), unit length."""
@@ -153,13 +175,13 @@ class TopK:
             self._parts = [torch.cat(self._parts)]
         return self._parts[0]
 
-    def _rough_corpus(self) -> Tensor | None:
-        """The corpus in bfloat16 if it is large and this CPU is faster with it."""
+    def _rough_corpus(self) -> "_EightBits | None":
+        """The corpus in 8 bits if it is large and this CPU is faster with them."""
         corpus = self._corpus()
-        if len(corpus) < _SCREENED or corpus.device.type != "cpu" or not _bfloat16_is_fast():
+        if len(corpus) < _SCREENED or corpus.device.type != "cpu" or not _eight_bits_are_fast():
             return None
-        if self._rough is None or len(self._rough) < len(corpus):
-            self._rough = corpus.bfloat16()
+        if self._rough is None or self._rough.count < len(corpus):
+            self._rough = _EightBits(corpus)
         return self._rough
 
     def _directions(self, texts: Sequence[str]) -> Tensor:
@@ -178,41 +200,71 @@ class TopK:
         return torch.div(vectors, lengths)
 
 
-def _candidates(similarities: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows, and (rows, m) the positions among which their k nearest are; every row once.
+class _EightBits:
+    """A corpus of unit vectors rounded to 8 bits, for similarities of known error."""
 
-    similarities: (rows, corpus), products of unit vectors in float32 or bfloat16.
+    def __init__(self, corpus: Tensor) -> None:
+        self.count = len(corpus)
+        self._scale = corpus.abs().max() / _LARGEST
+        rounded, off = _rounded(corpus, self._scale)
+        self._values = rounded.T.contiguous()  # (d, n)
+        self._off = off.max()
+
+    def similarities(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(queries, n) integers growing with the cosine, and (queries, 1): how far off their order may be.
+
+        With q' and e' the rounded vectors, |qe - q'e'| <= |q - q'||e| + |q'||e - e'|.
+        """
+        scale = queries.abs().amax(1, keepdim=True) / _LARGEST
+        rounded, off = _rounded(queries, scale)
+        error = off + (1 + off) * self._off
+        margins = (2 * error + _NOISE) / (scale * self._scale)
+        return torch._int_mm(rounded, self._values), margins.ceil().int()
+
+
+def _rounded(vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, d) in int8 as multiples of the scale, and (n, 1): the lengths of what rounding took away."""
+    scaled = vectors / scale
+    rounded = scaled.round()
+    return rounded.to(torch.int8), (scaled - rounded).norm(dim=1, keepdim=True) * scale
+
+
+def _candidates(similarities: Tensor, margins: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Rows and corpus positions, (found,) each, rows in order: all that may be among a row's k nearest.
+
+    similarities: (rows, corpus); margins: (rows, 1), how far off their order may be.
+    The k-th largest of the maxima of neighbouring positions is a floor of the k-th largest similarity, and
+    only neighbourhoods that reach it, less the margin, are looked into.
     """
-    columns = similarities.shape[1]
-    rows = torch.arange(len(similarities), device=similarities.device)
-    for breadth in (k + _SPARE, 8 * (k + _SPARE)):
-        left = similarities if len(rows) == len(similarities) else similarities[rows]
-        values, found = left.topk(min(breadth, columns), dim=1)
-        if breadth >= columns:
-            yield rows, found
-            return
-        done = values[:, -1].float() < _floor(values[:, k - 1])
-        yield rows[done], found[done]
-        rows = rows[~done]
-        if not len(rows):
-            return
-    for row in rows:
-        own = similarities[row]
-        yield row[None], (own.float() >= _floor(own.topk(k).values[-1])).nonzero().T
+    count = similarities.shape[1]
+    deep = max(1, count // max(_GROUPS, 16 * k))
+    whole = count - count % deep
+    maxima = similarities[:, :whole].reshape(len(similarities), -1, deep).amax(2)
+    if whole < count:
+        maxima = torch.cat([maxima, similarities[:, whole:].amax(1, keepdim=True)], dim=1)
+    floor = maxima.topk(k, dim=1).values[:, -1:] - margins
+    rows, group = (maxima >= floor).nonzero(as_tuple=True)
+    places = deep * group[:, None] + torch.arange(deep, device=group.device)
+    near = similarities[rows[:, None], places.clamp(max=count - 1)] >= floor[rows]
+    which, within = (near & (places < count)).nonzero(as_tuple=True)
+    return rows[which], places[which, within]
 
 
-def _floor(kth: Tensor) -> Tensor:
-    """What a similarity must reach to be that of a text among the k nearest, given the k-th largest."""
-    value = kth.float()
-    if kth.dtype != torch.bfloat16:
-        return value - _NOISE
-    # either of two products is off by 2^-8 of |q||e| = 1 from rounding the vectors, and by 2^-9 of itself
-    return value - (2**-7 + 2**-8 * value.abs() + _NOISE)
+def _kth(values: Tensor, rows: Tensor, k: int) -> Tensor:
+    """The k-th largest value of each row.
+
+    values: (found,); rows: (found,) from 0 on in order, each at least k times.
+    """
+    counts = rows.bincount()
+    within = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    table = values.new_full((len(counts), int(counts.max())), -math.inf)
+    table[rows, within] = values
+    return table.topk(k, dim=1).values[:, -1]
 
 
 @cache
-def _bfloat16_is_fast() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def _eight_bits_are_fast() -> bool:
+    return bool(torch.cpu._is_vnni_supported())
 
 
 def _score(edited: float, unedited: float) -> float:

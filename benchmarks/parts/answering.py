@@ -129,7 +129,7 @@ def router_decision(
     every = torch.nn.functional.normalize(every, dim=1).to(device)
     names = [str(i) for i in range(vectors + queries)]
     config, kind = ROUTERS["topk"]
-    made = kind(config(), lambda texts: every[[int(text) for text in texts]])
+    made = kind(config(), lambda texts: every[int(texts[0]) : int(texts[-1]) + 1])  # always in order
     made.add("edited", names[: vectors // 2])
     made.add(None, names[vectors // 2 : vectors])
     corpus, labels = every[:vectors], [1 if i < vectors // 2 else -1 for i in range(vectors)]

@@ -181,12 +181,12 @@ def test_the_search_is_exact() -> None:
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.1, 1e-2, 1e-4, 0.0], ids=str)
-@pytest.mark.parametrize("fast", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("fast", [True, False], ids=["8 bits", "float32"])
 def test_a_rough_search_first_finds_the_same_neighbours(
     spread: float, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On crowds of texts that bfloat16 cannot tell apart, equal ones included."""
-    monkeypatch.setattr(topk, "_bfloat16_is_fast", lambda: fast)
+    """On crowds of texts that 8 bits cannot tell apart, equal ones included."""
+    monkeypatch.setattr(topk, "_eight_bits_are_fast", lambda: fast)
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(30, 24, generator=generator).repeat(60, 1)
     vectors = centres + spread * torch.randn(1800, 24, generator=generator)
