@@ -59,13 +59,29 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def soak(session: nox.Session) -> None:
     """The long proofs: 10,000 made-up inputs of each kind, of which the tests try 200; runs that are killed
-    or refused a write, anywhere; the memory of a long run.
+    or refused a write, anywhere; the memory of a long run; a server under load.
     """
     install(session, "test")
     session.run(
         "python", "-m", "pytest", "--numprocesses=auto", "--maxprocesses=4",
-        *(f"tests/harness/test_{name}.py" for name in ("fuzz", "kill", "memory")), *session.posargs,
+        *(f"tests/harness/test_{name}.py" for name in ("fuzz", "kill", "memory", "serve")), *session.posargs,
         env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SEQMMR_FUZZ": "10000", "SEQMMR_SOAK": "1"},
+    )  # fmt: skip
+
+
+@nox.session
+def hosted(session: nox.Session) -> None:
+    """The hosted encoder against a real embeddings server, which is installed beside the tests."""
+    install(session, "test")
+    server = Path(session.virtualenv.location).with_name("hosted-server").resolve()
+    session.run_install(
+        "uv", "sync", "--locked", "--quiet", "--project", "tests/hosted",
+        env={"UV_PROJECT_ENVIRONMENT": str(server)},
+    )  # fmt: skip
+    command = server / ("Scripts" if os.name == "nt" else "bin") / "infinity_emb"
+    session.run(
+        "python", "-m", "pytest", "tests/harness/test_hosted.py", *session.posargs,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SEQMMR_EMBEDDINGS_SERVER": str(command)},
     )  # fmt: skip
 
 
