@@ -400,6 +400,9 @@ class HashedWords:
         vectors = [sum(self.direction(word) for word in text.split()) for text in texts]
         return torch.nn.functional.normalize(torch.stack(vectors), dim=1)
 
+    def once(self, texts: Sequence[str]) -> torch.Tensor:
+        return self(texts)
+
     @staticmethod
     def direction(word: str) -> torch.Tensor:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")

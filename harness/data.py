@@ -1,20 +1,27 @@
 """Datasets: the embedded facts, CounterFact, KnowEdit, and files in their schemas; selection and checks."""
 
-import difflib
 import hashlib
 import json
 import os
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from types import UnionType
 from typing import Any, TypeVar
 
 from editors import EditRequest
+from harness.fields import (
+    case_id_of,
+    field_of,
+    find_subject,
+    name_of,
+    no_near_miss,
+    prompts_of,
+    subject_of,
+    text_of,
+    whole_text,
+)
 from harness.paths import is_there, read_lines, shown
 
 FACTS_FILE = Path(__file__).parent / "facts" / "facts.jsonl.gz"
@@ -324,15 +331,15 @@ def to_knowedit_case(record: Mapping[str, Any], number: int) -> KnowEditCase | N
 
     number: its position from 0, used where it has no case id. Raises ValueError naming case and field.
     """
-    case_id = _case_id(record, number)
+    case_id = case_id_of(record, number)
     where = f"case {case_id}"
-    _no_near_miss(record, KNOWEDIT_FIELDS, where)
+    no_near_miss(record, KNOWEDIT_FIELDS, where)
     prompt, target_new = (
-        _text(_field(record, name, str, where), f"{where}, {name}").strip()
+        text_of(field_of(record, name, str, where), f"{where}, {name}").strip()
         for name in ("prompt", "target_new")
     )
-    subject = _subject(record, where, f"{where}, subject").strip()
-    truths = tuple(_answers(_field(record, "ground_truth", str | list, where), f"{where}, ground_truth"))
+    subject = subject_of(record, where, f"{where}, subject").strip()
+    truths = tuple(_answers(field_of(record, "ground_truth", str | list, where), f"{where}, ground_truth"))
     if not truths:
         raise ValueError(
             f"{where}: field 'ground_truth' is {shown(record['ground_truth'])}; it needs an answer"
@@ -341,7 +348,7 @@ def to_knowedit_case(record: Mapping[str, Any], number: int) -> KnowEditCase | N
     probes = {"rewrite": (Probe(prompt, (target_new,)),)} | _knowedit_probes(
         record, target_new, where, left_out
     )
-    place = _subject_in(prompt, subject)
+    place = find_subject(prompt, subject)
     if place is None:
         return None
     request = EditRequest(
@@ -373,7 +380,7 @@ def _knowedit_probes(
     found: dict[str, tuple[Probe, ...]] = {}
     rephrased = record.get("rephrase_prompt", record.get("rephrase"))
     if rephrased is not None:
-        found["rephrase"] = (Probe(_text(rephrased, f"{where}, rephrase_prompt").strip(), (target_new,)),)
+        found["rephrase"] = (Probe(text_of(rephrased, f"{where}, rephrase_prompt").strip(), (target_new,)),)
     for group, probes in _groups(record, "portability", where, left_out):
         if group in PORTABILITY:
             found[PORTABILITY[group]] = probes
@@ -385,12 +392,6 @@ def _knowedit_probes(
         else:
             left_out[f"locality {group}"] += len(probes)
     return {kind: probes for kind, probes in found.items() if probes}
-
-
-def _subject_in(prompt: str, subject: str) -> re.Match[str] | None:
-    """The first place of the subject, spelled as it is if it is there so, else in any case of its letters."""
-    pattern = re.escape(subject)
-    return re.search(pattern, prompt) or re.search(pattern, prompt, re.IGNORECASE)
 
 
 def _groups(
@@ -410,8 +411,8 @@ def _groups(
             at = f"{inside}[{i}]"
             if not isinstance(entry, dict):
                 raise ValueError(f"{at} is {shown(entry)}, not a dict")
-            prompt = _text(_field(entry, "prompt", str, at), f"{at}.prompt").strip()
-            given = _field(entry, "ground_truth", str | list, at)
+            prompt = text_of(field_of(entry, "prompt", str, at), f"{at}.prompt").strip()
+            given = field_of(entry, "ground_truth", str | list, at)
             answers = tuple(_answers(given, f"{at}.ground_truth"))
             if _first(given).strip():
                 probes.append(Probe(prompt, answers))
@@ -430,7 +431,7 @@ def _answers(given: Any, where: str) -> Iterator[str]:
             leaves[:0] = leaf
         elif not isinstance(leaf, str):
             raise ValueError(f"{where}: {shown(leaf)} is not a text")
-        elif (answer := _whole(leaf, where).strip()) and answer not in seen:
+        elif (answer := whole_text(leaf, where).strip()) and answer not in seen:
             seen.add(answer)
             yield answer
 
@@ -442,34 +443,25 @@ def _first(given: Any) -> str:
     return str(given)
 
 
-def _case_id(record: Mapping[str, Any], number: int) -> int | str:
-    case_id = record.get("case_id", number)
-    if not isinstance(case_id, int | str) or isinstance(case_id, bool):
-        raise ValueError(f"record {number}: case_id {shown(case_id)} is neither a number nor a text")
-    if isinstance(case_id, str) and not (case_id.strip() and case_id.isprintable()):
-        raise ValueError(f"record {number}: case_id {shown(case_id)} is not a text that can be printed")
-    return case_id
-
-
 def to_case(record: Mapping[str, Any], number: int) -> EditCase:
     """A record in CounterFact's schema as a case.
 
     number: its position, used where it has no case id. Raises ValueError naming case and field.
     """
-    case_id = _case_id(record, number)
+    case_id = case_id_of(record, number)
     where = f"case {case_id}"
-    rewrite = _field(record, "requested_rewrite", dict, where)
+    rewrite = field_of(record, "requested_rewrite", dict, where)
     inside = f"{where}, requested_rewrite"
-    _no_near_miss(record, FIELDS, where)
-    _no_near_miss(rewrite, REWRITE_FIELDS, inside)
+    no_near_miss(record, FIELDS, where)
+    no_near_miss(rewrite, REWRITE_FIELDS, inside)
     target_new, target_true = (
-        _text(_field(rewrite, name, dict, inside).get("str"), f"{inside}.{name}.str")
+        text_of(field_of(rewrite, name, dict, inside).get("str"), f"{inside}.{name}.str")
         for name in ("target_new", "target_true")
     )
     request = EditRequest(
         case_id=case_id,
-        prompt=_text(_field(rewrite, "prompt", str, inside), f"{inside}.prompt"),
-        subject=_subject(rewrite, inside, f"{inside}.subject"),
+        prompt=text_of(field_of(rewrite, "prompt", str, inside), f"{inside}.prompt"),
+        subject=subject_of(rewrite, inside, f"{inside}.subject"),
         target_new=target_new,
     )
     if request.target_new.strip() == target_true.strip():
@@ -478,82 +470,17 @@ def to_case(record: Mapping[str, Any], number: int) -> EditCase:
         )
     for name, kind in (("relation", str), ("no_subject_relation_conflict", bool)):
         if name in record:
-            _field(record, name, kind, where)
+            field_of(record, name, kind, where)
     return EditCase(
         case_id=case_id,
         request=request,
         target_true=target_true,
-        paraphrase_prompts=_prompts(record, "paraphrase_prompts", 1, where),
-        neighborhood_prompts=_prompts(record, "neighborhood_prompts", 1, where),
-        generation_prompts=_prompts(record, "generation_prompts", 0, where),
-        relation_id=_name(rewrite, "relation_id", inside),
-        target_id=_name(rewrite["target_new"], "id", f"{inside}.target_new"),
+        paraphrase_prompts=prompts_of(record, "paraphrase_prompts", 1, where),
+        neighborhood_prompts=prompts_of(record, "neighborhood_prompts", 1, where),
+        generation_prompts=prompts_of(record, "generation_prompts", 0, where),
+        relation_id=name_of(rewrite, "relation_id", inside),
+        target_id=name_of(rewrite["target_new"], "id", f"{inside}.target_new"),
     )
-
-
-def _name(record: Mapping[str, Any], name: str, where: str) -> str | None:
-    """A field that may be absent or null, but is a text where it is given."""
-    value: str | None = None if record.get(name) is None else _field(record, name, str, where)
-    return value
-
-
-@cache
-def _meant(name: str, known: tuple[str, ...]) -> str | None:
-    """The known field that a name is one slip away from, if it is none itself."""
-    near = [] if name in known else difflib.get_close_matches(name, known, 1, 0.85)
-    return near[0] if near else None
-
-
-def _no_near_miss(record: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    """Raise ValueError for a misspelt field, which would be as good as absent without a word."""
-    for name in record:
-        meant = _meant(name, known)
-        if meant is not None and meant not in record:
-            raise ValueError(
-                f"{where}: unknown field {shown(name)}, {meant!r} is missing; known: {', '.join(known)}"
-            )
-
-
-def _field(record: Mapping[str, Any], name: str, kind: type | UnionType, where: str) -> Any:
-    if name not in record:
-        raise ValueError(f"{where}: field {name!r} is missing")
-    if not isinstance(record[name], kind):
-        wanted = str(kind).replace("|", "or") if isinstance(kind, UnionType) else kind.__name__
-        raise ValueError(f"{where}: field {name!r} is {shown(record[name])}, not a {wanted}")
-    return record[name]
-
-
-def _subject(record: Mapping[str, Any], where: str, place: str) -> str:
-    subject = _text(_field(record, "subject", str, where), place)
-    if "{}" in subject:
-        raise ValueError(f"{place}: {shown(subject)} has {{}}, which marks its place in the prompt")
-    return subject
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {shown(value)} is not a text")
-    return _whole(value, where)
-
-
-def _whole(text: str, where: str) -> str:
-    """A text that a file can hold as a model can read it."""
-    if "\0" in text:
-        raise ValueError(f"{where}: {shown(text)} has a null character")
-    return text
-
-
-def _prompts(record: Mapping[str, Any], name: str, least: int, where: str) -> tuple[str, ...]:
-    values = record.get(name, [])
-    if not isinstance(values, list | tuple) or len(values) < least:
-        raise ValueError(
-            f"{where}: field {name!r} is {shown(values)}; it needs a list of at least {least} prompts"
-        )
-    prompts = tuple(_text(value, f"{where}, {name}[{i}]") for i, value in enumerate(values))
-    for i, prompt in enumerate(prompts):
-        if "{}" in prompt:
-            raise ValueError(f"{where}, {name}[{i}]: {shown(prompt)} still has {{}}; write the subject there")
-    return prompts
 
 
 def select(

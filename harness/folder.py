@@ -71,7 +71,7 @@ class RunFolder:
         is_run = (path / "run.json").is_file()
         if path.exists() and not is_run and set(path.iterdir()) - {path / LOCK, *_unfinished(path)}:
             raise ValueError(f"folder {path} is not empty and holds no run; give another --out")
-        lock = _locked(path)
+        lock = locked(path)
         try:
             for temporary in _unfinished(path):
                 temporary.unlink(missing_ok=True)
@@ -149,7 +149,7 @@ class RunFolder:
         write_atomically(path, write)
 
 
-def _locked(path: Path) -> FileLock:
+def locked(path: Path) -> FileLock:
     """The lock of a folder, which is made if need be; ValueError if another process has it."""
     lock = FileLock(path / LOCK)
     try:
@@ -205,25 +205,32 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def provenance(spec: RunSpec, dataset: Dataset, selection: Selection, encoder: str | None) -> dict[str, Any]:
-    """Everything a figure depends on besides the spec.
-
-    encoder: its identity, None where nothing is routed.
-    """
+def software(device: str) -> dict[str, Any]:
+    """The commit, the packages and the machine that something is made with."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    gpu = torch.cuda.get_device_name(spec.device) if spec.device.startswith("cuda") else None
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {
         **_commit(),
         "python": platform.python_version(),
         "packages": versions,
         "machine": {"processor": platform.machine(), "system": platform.system(), "gpu": gpu},
         "threads": torch.get_num_threads(),
-        "kernels": kernels(spec.device),
+        "kernels": kernels(device),
+    }
+
+
+def provenance(spec: RunSpec, dataset: Dataset, selection: Selection, encoder: str | None) -> dict[str, Any]:
+    """Everything a figure depends on besides the spec.
+
+    encoder: its identity, None where nothing is routed.
+    """
+    return {
+        **software(spec.device),
         "dataset": {
             "name": dataset.name,
             "source": dataset.source,

@@ -1,7 +1,7 @@
-"""``python -m harness.ledger RUN show|verify|rollback|replay|export``: the record of a run's changes.
+"""``python -m harness.ledger RUN|DIR show|verify|rollback|replay|export``: the record of changes.
 
-It reads run.json and the deltas, and makes weights again without any forward. docs/ledger.md says what each
-action checks and writes.
+RUN is a run folder, DIR one that harness.edit made. It reads run.json or manifest.json and the deltas, and
+makes weights again without any forward. docs/ledger.md says what each action checks and writes.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from editors import LowRank
     from harness.models import LoadedModel
     from harness.replay import Replay, Weights
+    from harness.served import Manifest
     from harness.spec import RunSpec
 
 SHOWN = 12  # characters of a digest
@@ -42,23 +43,39 @@ class Chain:
     editor: str
     ratio: float | None  # of the merged chain; None: unmerged
 
+    @property
+    def cell(self) -> str:
+        return CELLS[self.ratio is not None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """A run folder, read for its changes; nothing in it is written."""
+    """A folder of changes, read; nothing in it is written."""
 
     folder: Path
     info: Mapping[str, Any]
     spec: "RunSpec"
+    model: Mapping[str, Any]  # name, revision and digest of the unedited model
+    batches: Sequence[Sequence[int | str]]  # case ids by batch
+    manifest: "Manifest | None" = None  # of a folder that harness.edit made
 
     @classmethod
     def open(cls, folder: Path) -> "Ledger":
-        """Raises ValueError in one line if the folder holds no run that can be read."""
+        """Raises ValueError in one line if the folder holds no record that can be read."""
+        from harness.served import MANIFEST, Manifest
         from harness.spec import RunSpec
 
+        if (folder / MANIFEST).is_file():
+            made = Manifest.read(folder)
+            return cls(
+                folder=folder, info=made.info, spec=made.spec, model=made.info["model"],
+                batches=made.info["batches"], manifest=made,
+            )  # fmt: skip
         path = folder / "run.json"
         if not path.is_file():
-            raise ValueError(f"{str(folder)!r} holds no run: it has no run.json; give a run folder")
+            raise ValueError(
+                f"{str(folder)!r} holds no run: it has no run.json; give a run folder, or one of harness.edit"
+            )
         try:
             info = json.loads(path.read_text("utf-8"))
             spec = RunSpec.from_json(info["spec"])
@@ -73,13 +90,9 @@ class Ledger:
             ) from None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} cannot be read: {error}; give another run folder") from None
-        return cls(folder=folder, info=info, spec=spec)
-
-    @property
-    def model(self) -> Mapping[str, Any]:
-        """Name, revision and digest of the unedited model."""
-        found: Mapping[str, Any] = self.info["provenance"]["model"]
-        return found
+        size = spec.batch_size
+        batches = [ids[start : start + size] for start in range(0, len(ids), size)]
+        return cls(folder=folder, info=info, spec=spec, model=model, batches=batches)
 
     @cached_property
     def chains(self) -> list[Chain]:
@@ -105,10 +118,8 @@ class Ledger:
         return [chain for chain in self.chains if editor in (None, chain.editor)]
 
     def case_ids(self, batch: int) -> list[int | str]:
-        """Those of one batch (from 1), as run.json has them."""
-        size = self.spec.batch_size
-        ids: list[int | str] = self.info["provenance"]["case_ids"][(batch - 1) * size : batch * size]
-        return ids
+        """Those of one batch (from 1), as run.json or the manifest has them."""
+        return list(self.batches[batch - 1])
 
     def path(self, chain: Chain, batch: int) -> Path:
         """File of one batch's change."""
@@ -197,7 +208,7 @@ def problems(ledger: Ledger, chain: Chain, replay: "Replay | None", last: int | 
 
     weights = None if replay is None else replay.base
     before = None if weights is None else tensors_digest(weights)
-    for batch in range(1, (last or ledger.spec.num_batches) + 1):
+    for batch in range(1, (len(ledger.batches) if last is None else last) + 1):
         path = ledger.path(chain, batch)
         try:
             delta, metadata = ledger.entry(chain, batch)
@@ -241,9 +252,7 @@ def _shape(change: "Tensor | LowRank") -> tuple[int, ...]:
 def strays(ledger: Ledger) -> Iterator[str]:
     """Files below deltas/ that belong to no batch of the run."""
     known = {
-        ledger.path(chain, batch)
-        for chain in ledger.chains
-        for batch in range(1, ledger.spec.num_batches + 1)
+        ledger.path(chain, batch) for chain in ledger.chains for batch in range(1, len(ledger.batches) + 1)
     }
     for path in sorted((ledger.folder / "deltas").rglob("*.safetensors")):
         if path not in known:
@@ -272,7 +281,7 @@ def _chain_table(ledger: Ledger, chain: Chain) -> str:
     rows: list[list[str | None]] = []
     notes: list[str] = []
     names: list[str] = []
-    for batch in range(1, ledger.spec.num_batches + 1):
+    for batch in range(1, len(ledger.batches) + 1):
         path = ledger.path(chain, batch)
         size = f"{path.stat().st_size:,}" if path.is_file() else None
         try:
@@ -362,11 +371,13 @@ def verify(args: argparse.Namespace) -> int:
     if args.editor is None:
         for problem in strays(ledger):
             tell(problem)
+    for problem in served_problems(ledger, loaded, None if wrong else replay):
+        tell(problem)
     if found:
         return 1
     editors = {chain.editor for chain in chains}
     print(
-        f"{_count(len(chains) * ledger.spec.num_batches, 'delta')} of {_count(len(editors), 'editor')} "
+        f"{_count(len(chains) * len(ledger.batches), 'delta')} of {_count(len(editors), 'editor')} "
         f"verified{_without_digest(ledger, chains)}"
     )
     return 0
@@ -378,17 +389,48 @@ def _count(number: int, what: str) -> str:
 
 def _without_digest(ledger: Ledger, chains: Sequence[Chain]) -> str:
     """How many files of older versions there are, whose changes were checked by what they give alone."""
-    batches = range(1, ledger.spec.num_batches + 1)
+    batches = range(1, len(ledger.batches) + 1)
     bare = sum("digest" not in ledger.entry(chain, batch)[1] for chain in chains for batch in batches)
     return f"; {bare} of them have no digest of their own, only the weights they give are checked" * bool(
         bare
     )
 
 
+def served_problems(ledger: Ledger, loaded: "LoadedModel", replay: "Replay | None") -> Iterator[str]:
+    """What is wrong with the files that a folder of harness.edit is served from; nothing of a run.
+
+    replay: None where the unedited weights are others.
+    """
+    from harness.models import tensors_digest
+    from harness.sparse import with_entries
+
+    if ledger.manifest is None:
+        return
+    try:
+        ledger.manifest.corpus()
+        entries = ledger.manifest.entries()
+    except ValueError as error:
+        yield str(error)
+        return
+    if replay is None:
+        return
+    try:
+        weights = made_again(
+            ledger, replay, chosen(ledger, None, None, None), range(1, len(ledger.batches) + 1)
+        )
+    except (OSError, ValueError) as error:
+        yield str(error)
+        return
+    after = {name: value.to(loaded.model.dtype) for name, value in weights.items()}
+    before = {name: loaded.model.get_parameter(name) for name in after}
+    if tensors_digest({**before, **dict(with_entries(before, entries))}) != tensors_digest(after):
+        yield f"{ledger.folder / ledger.info['weights']} holds other weights than the deltas give"
+
+
 def rollback(args: argparse.Namespace) -> int:
     """Write the weights after batch K."""
     ledger = Ledger.open(args.run)
-    last = ledger.spec.num_batches
+    last = len(ledger.batches)
     if not 0 <= args.to <= last:
         raise ValueError(f"--to is {args.to}; the run has batches 1 to {last}, and 0 is the unedited model")
     what = f"the weights after batch {args.to} of {last}" if args.to else "the unedited weights"
@@ -398,7 +440,7 @@ def rollback(args: argparse.Namespace) -> int:
 def replay_without(args: argparse.Namespace) -> int:
     """Write the weights that the changes of all batches but some add up to."""
     ledger = Ledger.open(args.run)
-    last = ledger.spec.num_batches
+    last = len(ledger.batches)
     for batch in args.drop:
         if not 1 <= batch <= last:
             raise ValueError(f"--drop is {batch}; the run has batches 1 to {last}; give one of them")
@@ -415,19 +457,46 @@ def replay_without(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """Write the final weights."""
     ledger = Ledger.open(args.run)
-    last = ledger.spec.num_batches
-    return _write(ledger, args, range(1, last + 1), f"the final weights, after all {last} batches")
+    last = len(ledger.batches)
+    status = _write(ledger, args, range(1, last + 1), f"the final weights, after all {last} batches")
+    if ledger.manifest is not None:
+        print(_without_router(ledger.info["check"]))
+    return status
 
 
-def chosen(ledger: Ledger, args: argparse.Namespace) -> Chain:
-    """Which weights the flags name: the chain they are made of, with their own pruning ratio."""
+def _without_router(check: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the last check of a folder says of its weights without the router."""
+    from harness.check import COLUMNS, shown_figure
+
+    told = []
+    for name, text in COLUMNS.items():
+        alone, routed, unedited = (shown_figure(check[v][name]) for v in ("edited", "served", "unedited"))
+        told.append(f"{text} {alone} (with the router {routed}, unedited {unedited})")
+    return f"Without the router, which a plain checkpoint has not, by the last check: {'; '.join(told)}."
+
+
+def made_again(ledger: Ledger, replay: "Replay", weights_of: Chain, batches: Sequence[int]) -> "Weights":
+    """The weights that the changes of some batches give, as they are used."""
+    weights = replay.base
+    for after in replay.history(weights_of.editor, weights_of.ratio, batches):
+        weights = after
+    return replay.released(weights_of.editor, weights_of.ratio, weights)[0]
+
+
+def chosen(ledger: Ledger, editor: str | None, cell: str | None, ratio: float | None) -> Chain:
+    """Which weights are named: the chain they are made of, with their own pruning ratio.
+
+    None stands for the first editor, and for its unmerged weights, of a folder of harness.edit the served.
+    """
     from harness.grid import NO_MERGE, weights_id
 
-    spec, ratio = ledger.spec, args.pruning_ratio
-    editor = args.editor or spec.editors[0]
+    spec = ledger.spec
+    editor = editor or spec.editors[0]
     chains = ledger.of_editor(editor)
     names = {chain.name for chain in chains}
-    if args.cell == "baseline":
+    if cell is None:
+        cell = "+MM" if ledger.manifest is not None and spec.merges else "baseline"
+    if cell == "baseline":
         if ratio is not None:
             raise ValueError(f"--pruning-ratio {ratio:g} is of merged weights; add --cell +MM")
         if editor not in names:
@@ -448,7 +517,7 @@ def _write(ledger: Ledger, args: argparse.Namespace, batches: Sequence[int], wha
     """Write the weights that some batches give as a checkpoint; ValueError if anything is not as recorded."""
     from harness.models import weights_digest
 
-    weights_of = chosen(ledger, args)
+    weights_of = chosen(ledger, args.editor, args.cell, args.pruning_ratio)
     out: Path = args.out
     if os.path.lexists(out):
         raise ValueError(f"{str(out)!r} exists already; give another --out")
@@ -460,10 +529,7 @@ def _write(ledger: Ledger, args: argparse.Namespace, batches: Sequence[int], wha
         chain = next(chain for chain in ledger.chains if chain.name == weights_of.name)
         for problem in problems(ledger, chain, replay, max(batches)):
             raise ValueError(f"{problem}; nothing was written, verify shows more (or give --unchecked)")
-    weights = replay.base
-    for after in replay.history(weights_of.editor, weights_of.ratio, batches):
-        weights = after
-    weights, _ = replay.released(weights_of.editor, weights_of.ratio, weights)
+    weights = made_again(ledger, replay, weights_of, batches)
     if args.sparse:
         return _write_sparse(ledger, args, weights_of, loaded, weights, batches, what)
     for name, value in weights.items():  # exchanged by name; the model's own are gone with the last reference
@@ -474,7 +540,7 @@ def _write(ledger: Ledger, args: argparse.Namespace, batches: Sequence[int], wha
         ledger, weights_of, what, entries, digest=weights_digest(loaded.model), unchecked=args.unchecked
     )
     _save(out, loaded, _tokenizer(ledger), card)
-    print(f"{out}: {ledger.spec.model} edited with {weights_of.editor}, cell {args.cell}, {what}")
+    print(f"{out}: {ledger.spec.model} edited with {weights_of.editor}, cell {weights_of.cell}, {what}")
     return 0
 
 
@@ -499,7 +565,7 @@ def _write_sparse(
     said = {
         "base_model_digest": ledger.model["digest"],
         "case_ids": json.dumps([ledger.case_ids(batch) for batch in batches]),
-        "cell": args.cell,
+        "cell": weights_of.cell,
         "digest_after": tensors_digest(after),
         "editor": weights_of.editor,
         "pruning_ratio": json.dumps(weights_of.ratio),
@@ -510,7 +576,7 @@ def _write_sparse(
     total = sum(value.numel() for value in after.values())
     print(
         f"{args.out}: {changed:,} of {total:,} entries ({100 * changed / total:.1f} %) that "
-        f"{weights_of.editor}, cell {args.cell}, changes in {ledger.spec.model}, {what}"
+        f"{weights_of.editor}, cell {weights_of.cell}, changes in {ledger.spec.model}, {what}"
     )
     return 0
 
@@ -572,7 +638,6 @@ def _card(
     front = ["library_name: transformers", "tags: [knowledge-editing]"]
     if hub is not None and not Path(hub).exists():
         front.append(f"base_model: {json.dumps(hub)}")
-    cell = "baseline" if weights_of.ratio is None else "+MM"
     facts: list[tuple[str, Any]] = [
         ("model", spec.model),
         ("revision", ledger.model["revision"] or "–"),
@@ -580,15 +645,16 @@ def _card(
         ("digest of this checkpoint", digest),
         ("editor", weights_of.editor),
         ("settings", json.dumps(spec.as_json()["settings"][weights_of.editor], sort_keys=True)),
-        ("cell", cell),
+        ("cell", weights_of.cell),
     ]
     if weights_of.ratio is not None:
         merging = f"{spec.merger}, pruning ratio {weights_of.ratio:g}, {spec.chain} chain"
         facts.append(("merging", merging))
     dataset = provenance.get("dataset", {})
+    facts.append(("edits", sum(len(said["case_ids"]) for _, said in entries)))
+    if ledger.manifest is None:
+        facts.append(("dataset", f"{dataset.get('name', '–')}, digest {dataset.get('digest', '–')}"))
     facts += [
-        ("edits", sum(len(said["case_ids"]) for _, said in entries)),
-        ("dataset", f"{dataset.get('name', '–')}, digest {dataset.get('digest', '–')}"),
         ("dtype", spec.dtype),
         ("run", ledger.info["run_id"]),
     ]
@@ -629,9 +695,30 @@ def _card(
             "The digests are of the run's edited parameters in the precision of editing, where the batch was "
             f"made ({'unmerged weights' if weights_of.name == weights_of.editor else 'merged weights'}).",
         ]
+        if ledger.manifest is not None:
+            lines += [
+                "",
+                "## Facts",
+                "",
+                _facts_table(ledger, {i for _, s in entries for i in s["case_ids"]}),
+            ]
     else:
         lines.append("None.")
     return "\n".join(lines) + "\n"
+
+
+def _facts_table(ledger: Ledger, ids: Collection[int | str]) -> str:
+    """Markdown: what each of some facts of a folder writes."""
+    from tabulate import tabulate
+
+    from harness.edited import Batches
+
+    rows = [
+        [str(fact.id), *map(_cell_text, (fact.text, fact.target_new))]
+        for fact in Batches(ledger.folder).every
+        if fact.id in ids
+    ]
+    return tabulate(rows, ("id", "prompt", "target"), tablefmt="pipe", disable_numparse=True)
 
 
 # -- the command line ---------------------------------------------------------------------------------------
@@ -665,7 +752,7 @@ def _parser() -> OneLineParser:
         prog="python -m harness.ledger",
         description="The record of a run's changes: look at it, check it, take weights out of it.",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or one that harness.edit made")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     added = {}
     for name, text in (
@@ -689,7 +776,9 @@ def _parser() -> OneLineParser:
         added[name].add_argument(
             "--sparse", action="store_true", help="a safetensors file of the changed entries alone"
         )
-        added[name].add_argument("--cell", choices=CELLS, default="baseline", help="default: %(default)s")
+        added[name].add_argument(
+            "--cell", choices=CELLS, help="default: baseline; of a folder of harness.edit what it serves"
+        )
         added[name].add_argument(
             "--pruning-ratio", type=float, metavar="R", help="of +MM; default: the run's first"
         )

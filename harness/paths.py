@@ -4,7 +4,9 @@ What cannot be read is refused in one line that names the file, the place in it 
 """
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -275,6 +277,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not records:
         raise ValueError(f"{where} has no records; give one with at least one JSON object")
     return list(records)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV or CSV.gz with a header line, by column; blank lines are passed over.
+
+    Raises ValueError naming the file and line where it is broken.
+    """
+    where = f"file {str(path)!r}"
+    reader = csv.DictReader(io.StringIO(_text(_bytes(path, where), where), newline=""), strict=True)
+    rows: list[dict[str, str]] = []
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{where}: column {shown(twice)} occurs twice; leave one")
+        for row in reader:
+            if None in row or None in row.values():  # cells without a column, columns without a cell
+                raise ValueError(
+                    f"{where}, line {reader.line_num}: the row has not the header's {len(names)} cells; "
+                    "put texts with commas in quotation marks"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{where}, line {reader.line_num + 1}: {error}; correct the row") from None
+    if not rows:
+        raise ValueError(f"{where} has no rows; give a header line and at least one row")
+    return rows
 
 
 class _Yaml(yaml.SafeLoader):

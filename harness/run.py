@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from editors import EditStream, dense
+from editors import Editor, EditStream, dense
 from editors.alphaedit import AlphaEditStream
 from editors.closed_form import ClosedFormEditor
 from editors.sites import device_of, sites_for
@@ -110,7 +110,7 @@ def run_grid(
         encoder(spec.encoder, cache=cache_folder("embeddings"), device=spec.device) if spec.routes else None
     )
     source = find_model(spec.model)
-    _check_layers(spec, model_config(source))
+    check_layers(spec, model_config(source))
     made_of = provenance(spec, dataset, selection, embed.identity if embed else None)
     if suite is not None:
         made_of["capability"] = suite.facts()
@@ -149,7 +149,7 @@ def _load_suite(spec: RunSpec, data: str | None) -> "Suite | None":
     return load_suite(spec.capability, data)
 
 
-def _check_layers(spec: RunSpec, config: Any) -> None:
+def check_layers(spec: RunSpec, config: Any) -> None:
     """Raise ValueError if an editor's layers are not in the model."""
     count = getattr(config, "num_hidden_layers", None) or config.n_layer
     for name in spec.editors:
@@ -176,6 +176,39 @@ def statistics_of(
         limit = max(OWN_TOKENS, TOKENS_PER_WIDTH * _key_width(loaded, layers[0]))
     corpus = load_corpus(spec.stats, loaded, limit=limit, seed=spec.seed, progress=progress)
     return gather_statistics(loaded, layers, corpus, limit=limit, progress=progress)
+
+
+def start_stream(
+    editor: Editor,
+    loaded: LoadedModel,
+    *,
+    statistics: Statistics | None,
+    seed: int,
+    progress: Callable[[str, int, int], None],
+    targets: KeptTargets,
+) -> EditStream:
+    """An editor bound to a model; statistics: None for one that names none."""
+    shared: dict[str, Any] = {"targets": targets} if isinstance(editor, ClosedFormEditor) else {}
+    stream = editor.start(
+        loaded.model,
+        loaded.tokenizer,
+        covariance=_no_covariance if statistics is None else statistics.covariance,
+        seed=seed,
+        progress=progress,
+        **shared,
+    )
+    if isinstance(stream, AlphaEditStream) and statistics is not None:
+        stream.null_space_source = statistics.null_space
+    return stream
+
+
+def share_of_batch(what: str, share: float) -> float:
+    """How much of a batch is done with a share of a step; what is not updates is nearly all of it."""
+    return 0.95 + 0.049 * share if what == "updates" else 0.95 * share
+
+
+def _no_covariance(layer: int) -> Tensor:
+    raise AssertionError(f"the editor names no statistics, yet layer {layer} is asked for")
 
 
 class _Run:
@@ -225,10 +258,10 @@ class _Run:
         packed = onednn.pack_linears(loaded.model, leave=set(names)) if onednn.available() else 0
         folder.info["provenance"]["onednn_layers"] = packed
         folder.info["provenance"]["attention"] = loaded.model.config._attn_implementation
-        place = _place_of_weights(loaded.model, names)
+        place = place_of_weights(loaded.model, names)
         self.base: Weights = {n: loaded.model.get_parameter(n).detach().to(place, copy=True) for n in names}
         self.replay = Replay(folder=folder.path, spec=spec, base=self.base, device=device_of(loaded.model))
-        self.passes = _passes(loaded.model, folder.info.get("passes"))
+        self.passes = passes_for(loaded.model, folder.info.get("passes"))
         folder.info["passes"] = asdict(self.passes)
         self.kept_targets = KeptTargets(self._weights_before, self.passes)
         self._before: tuple[str, tuple[int, ...]] | None = None  # digest before a batch, and its versions
@@ -390,21 +423,17 @@ class _Run:
         weights, state, done = self._resumed(chain, ratio)
         if done == len(self.batches):
             return
-        covariance = self._covariance()
+        statistics = self._gathered()
         self._restore(self.base)
         with self.display.stage(f"edit with {chain}", total=len(self.batches)) as stage:
-            kind: Any = self.spec.editor(editor)
-            shared = {"targets": self.kept_targets} if isinstance(kind, ClosedFormEditor) else {}
-            stream: EditStream = kind.start(
-                self.loaded.model,
-                self.loaded.tokenizer,
-                covariance=covariance,
+            stream = start_stream(
+                self.spec.editor(editor),
+                self.loaded,
+                statistics=statistics,
                 seed=self.spec.seed,
                 progress=lambda what, part, of: self._tell(stage, what, part / of),
-                **shared,
+                targets=self.kept_targets,
             )
-            if isinstance(stream, AlphaEditStream) and self.statistics is not None:
-                stream.null_space_source = self.statistics.null_space
             if done or state:
                 stream.restore(state)
                 self._restore(weights)
@@ -484,15 +513,11 @@ class _Run:
             for name, value in weights.items():
                 self.loaded.model.get_parameter(name).copy_(value)
 
-    def _covariance(self) -> Callable[[int], Tensor]:
-        """Where editors get covariances; those of all edited layers are gathered at its first use."""
+    def _gathered(self) -> Statistics | None:
+        """The statistics of all edited layers, gathered at their first use; None if no editor names any."""
         if self.statistics is None and self.layers:
             self.statistics = self._statistics()
-        return self._no_covariance if self.statistics is None else self.statistics.covariance
-
-    @staticmethod
-    def _no_covariance(layer: int) -> Tensor:
-        raise AssertionError(f"no editor of this run names statistics, yet layer {layer} is asked for")
+        return self.statistics
 
     def _statistics(self) -> Statistics:
         spec, loaded = self.spec, self.loaded
@@ -637,12 +662,11 @@ class _Run:
             yield row | routed
 
     def _tell(self, stage: Stage, what: str, share: float) -> None:
-        """Progress inside a batch; all but the updates at its end is nearly all of it."""
+        """Progress inside a batch."""
         batch = int(stage.done)
-        within = 0.95 + 0.049 * share if what == "updates" else 0.95 * share
         edits = batch * self.spec.batch_size
         detail = f"batch {batch + 1} of {len(self.batches)}, {edits} of {self.spec.edits} edits done, {what}"
-        stage.update(batch + within, detail)
+        stage.update(batch + share_of_batch(what, share), detail)
 
     def _measured(self, name: str, **values: Any) -> None:
         if self.spec.device.startswith("cuda"):
@@ -653,7 +677,7 @@ class _Run:
         entry |= values | {"peak_memory_bytes": peak}
 
 
-def _place_of_weights(model: PreTrainedModel, names: Sequence[str]) -> torch.device:
+def place_of_weights(model: PreTrainedModel, names: Sequence[str]) -> torch.device:
     """Where the versions of the edited weights are kept: beside the model if it has room for many of them."""
     device = device_of(model)
     if device.type == "cuda":
@@ -663,7 +687,7 @@ def _place_of_weights(model: PreTrainedModel, names: Sequence[str]) -> torch.dev
     return device
 
 
-def _passes(model: PreTrainedModel, known: Mapping[str, int] | None) -> Passes:
+def passes_for(model: PreTrainedModel, known: Mapping[str, int] | None) -> Passes:
     """How many rows run together: as the run began with; on a new one, on an accelerator by free memory."""
     if known:
         return Passes(**known)
