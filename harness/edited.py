@@ -54,6 +54,7 @@ from harness.progress import Display
 from harness.replay import Replay, Weights, edited_parameters
 from harness.run import (
     check_layers,
+    give_back_freed,
     passes_for,
     place_of_weights,
     share_of_batch,
@@ -300,6 +301,7 @@ class _Work:
             path, delta, editor=self.editor, case_ids=ids, **made_of, digest_after=tensors_digest(after)
         )
         checkpoint.clear()
+        give_back_freed()
         return after
 
     def _done(self) -> tuple[int, Weights]:

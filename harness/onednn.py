@@ -4,6 +4,7 @@ PyTorch hands float32 products to MKL, which on processors that are not Intel's 
 unused; oneDNN does not. The products are float32 throughout, so results differ by rounding only.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+CACHED = "128"  # products of different shapes whose code is kept: more than one step of an optimisation has
 _OPS = ("_reorder_linear_weight", "_linear_pointwise")
 
 
@@ -28,6 +30,7 @@ def pack_linears(model: PreTrainedModel, *, leave: set[str]) -> int:
     is exchanged or written to nevertheless is packed anew; writes through ``.data`` go unnoticed. Costs a
     copy of each weight, two where gradients pass through.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED)  # read at the first product; else 1,024
     packed = 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)

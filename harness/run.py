@@ -1,12 +1,13 @@
 """Carry out a grid: edit once per chain, score each weight set once, and read every cell off the outcomes."""
 
+import ctypes
 import gc
 import json
 import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -200,6 +201,12 @@ def start_stream(
     if isinstance(stream, AlphaEditStream) and statistics is not None:
         stream.null_space_source = statistics.null_space
     return stream
+
+
+def give_back_freed() -> None:
+    """Hand freed memory back to the system, where the C library would keep it (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def share_of_batch(what: str, share: float) -> float:
@@ -480,6 +487,7 @@ class _Run:
         if batch < len(self.batches):
             write_state(state_path(self.out, chain), stream.state(), batch)
         checkpoint.clear()
+        give_back_freed()
         return after
 
     def _versions(self) -> tuple[int, ...]:

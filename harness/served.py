@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from harness import onednn
 from harness.digested import content_digest
 from harness.encoders import CachedEncoder, encoder
 from harness.models import LoadedModel, find_model, load_model
@@ -123,8 +122,6 @@ def load_served(folder: str | Path, *, device: str | None = None) -> Served:
     loaded = load_base(manifest, device or default_device())
     weights = {name: loaded.model.get_parameter(name) for name in changeable(manifest.spec, loaded)}
     edited = dict(with_entries(weights, manifest.entries()))
-    if onednn.available():
-        onednn.pack_linears(loaded.model, leave=set(edited))
     texts, router = router_of(manifest, device or default_device())
     routed = RoutedModel(loaded.model, loaded.tokenizer, edited, router)
     return Served(manifest=manifest, loaded=loaded, routed=routed, corpus=texts)
