@@ -112,7 +112,8 @@ class Batches:
 
     def next_number(self) -> int:
         """The id of the next fact that names none."""
-        return 1 + max((fact.id for fact in self.every if isinstance(fact.id, int)), default=0)
+        numbers = [int(name) for fact in self.every if (name := str(fact.id)).isdecimal()]
+        return 1 + max(numbers, default=0)
 
     def change(self, wanted: Wanted, served: Collection[str] = ()) -> list[str]:
         """Take back and add; what is to be said of it. ValueError for what cannot be done.
