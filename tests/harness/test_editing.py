@@ -441,6 +441,24 @@ def test_an_export_answers_as_the_routed_rows_do(
         assert fact.target_new in card
 
 
+def test_a_checkpoint_after_a_batch_is_what_was_served_then(
+    editing: Callable[..., int], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    editing("first", rows(2))
+    routed, _ = harness.load(tmp_path / "first")
+    assert ledger.main([str(made), "rollback", "--to", "1", "--out", str(tmp_path / "back")]) == 0
+    assert (
+        ledger.main([str(made), "replay", "--drop", "2", "--drop", "3", "--out", str(tmp_path / "re")]) == 0
+    )
+    for folder in ("back", "re"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        for name, value in routed.edited.items():
+            assert torch.equal(model.get_parameter(name), value)
+    capsys.readouterr()
+    assert ledger.main([str(made), "show"]) == 0
+    assert capsys.readouterr().out.count("rank") >= 3
+
+
 def test_damage_to_what_is_served_is_noticed(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [edits] = made.glob("edits-*")
     content = bytearray(edits.read_bytes())
