@@ -1,7 +1,7 @@
 """Merging of successive changes to weights."""
 
-from merging.api import Merger
-from merging.chain import shadow_chain, shadow_step
+from merging.api import Batch, Keys, Merger, MergeStream
+from merging.chain import MergeChain, shadow_chain
 from merging.drift import preserved_key_drift
 from merging.self_aware import SelfAware, SelfAwareConfig
 
@@ -9,10 +9,13 @@ MERGERS = {"self-aware": (SelfAwareConfig, SelfAware)}  # name -> (config, merge
 
 __all__ = [
     "MERGERS",
+    "Batch",
+    "Keys",
+    "MergeChain",
+    "MergeStream",
     "Merger",
     "SelfAware",
     "SelfAwareConfig",
     "preserved_key_drift",
     "shadow_chain",
-    "shadow_step",
 ]

@@ -6,13 +6,15 @@ whole group, so the kept set is the top-k by magnitude. Selecting by magnitude i
 computed in float32 is not: its rounding leaves thousands of distinct values for millions of entries.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from merging.api import Batch, Weights, full_precision
 
 Scope = Literal["layer", "global", "row"]
 
@@ -50,11 +52,24 @@ class SelfAware:
     (at scale 1), a pruned one is ``base``.
     """
 
+    needs_keys: ClassVar[bool] = False
+
     def __init__(self, config: SelfAwareConfig) -> None:
         self.config = config
 
-    def merge(self, base: Mapping[str, Tensor], deltas: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """As ``Merger.merge``; entries of a delta that are not finite are refused by parameter name."""
+    def start(self, base: Weights, covariance: Callable[[str], Tensor] | None = None) -> "SelfAware":
+        """The merger itself: it looks at each task vector alone."""
+        return self
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        return self.merge(batch.merged, [batch.task])
+
+    def merge(self, base: Weights, deltas: Sequence[Weights]) -> dict[str, Tensor]:
+        """Merge task vectors, oldest first, into weights; nothing given is written to.
+
+        Half-precision weights are raised to float32 and stay so. Raises ValueError for a delta that names
+        no weight, has another shape or entries that are not finite, by parameter name.
+        """
         merged = dict(base)
         for delta in deltas:
             matched = {name: _matched(name, change, base) for name, change in delta.items()}
@@ -79,11 +94,6 @@ class SelfAware:
         together = torch.cat([delta[name].flatten() for name in names])
         parts = torch.split(top_magnitude_mask(together, config.kept(sum(sizes))), sizes)
         return {name: part.view(delta[name].shape) for name, part in zip(names, parts, strict=True)}
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """The tensor itself, or its float32 copy where it is in half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def top_magnitude_mask(tensor: Tensor, keep: int) -> Tensor:

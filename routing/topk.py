@@ -7,7 +7,7 @@ query goes to the edited model exactly if W+ >= W-.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from routing.api import Decision
+from routing.api import Decision, Embed, Subject
 from routing.index import VectorIndex
 
 _CLIP = 10.0  # labels that all agree have no finite minimiser
@@ -56,7 +56,7 @@ class TopK:
     decisions depend neither on that nor on how many queries are asked together.
     """
 
-    def __init__(self, config: TopKConfig, embed: Callable[[Sequence[str]], Tensor]) -> None:
+    def __init__(self, config: TopKConfig, embed: Embed) -> None:
         """``embed``: texts -> (len(texts), d), any scale but zero; only directions count."""
         self.config = config
         self._embed = embed
@@ -66,7 +66,10 @@ class TopK:
         self._rough: _EightBits | None = None  # them in 8 bits, where those are searched first
         self._index: tuple[int, VectorIndex] | None = None  # of so many of them
 
-    def add(self, expert: str | None, texts: Sequence[str]) -> None:
+    def add(
+        self, expert: str | None, texts: Sequence[str], subjects: Sequence[Subject] | None = None
+    ) -> None:
+        """``subjects`` are not looked at."""
         if texts:
             self._parts.append(self._directions(texts))
             self._experts += [expert] * len(texts)

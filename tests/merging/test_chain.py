@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merging import SelfAware, SelfAwareConfig, preserved_key_drift, shadow_chain, shadow_step
+from merging import MergeChain, SelfAware, SelfAwareConfig, preserved_key_drift, shadow_chain
 from merging.self_aware import top_magnitude_mask
 
 Batches = list[dict[str, Tensor]]
@@ -96,16 +96,33 @@ def test_a_parameter_that_a_batch_leaves_alone_still_catches_up() -> None:
 def test_earlier_results_are_not_overwritten_and_the_step_is_the_chain() -> None:
     base, deltas = setting(6, 3)
     chain = list(shadow_chain(merger(0.5), base, deltas))
-    edited, merged = dict(base), dict(base)
+    steps = MergeChain(merger(0.5), base)
     for delta, expected in zip(deltas, chain, strict=True):
-        edited, merged = shadow_step(merger(0.5), edited, merged, delta)
+        merged = steps.step(delta)
         assert all(torch.equal(merged[name], expected[name]) for name in base)
     assert not torch.equal(chain[0]["a"], chain[1]["a"])
 
 
+@pytest.mark.parametrize("kind", ["shadow", "merged"])
+def test_a_chain_is_the_literal_recursion(kind: str) -> None:
+    base, deltas = setting(9, 4)
+    chain = MergeChain(merger(0.7), base, kind)  # type: ignore[arg-type]
+    edited = merged = base
+    for delta in deltas:
+        before = merged if kind == "merged" else edited
+        edited = {name: before[name] + delta[name] for name in base}
+        task = {name: edited[name].double() - merged[name].double() for name in base}
+        got = chain.step(delta)
+        for name in base:
+            kept = top_magnitude_mask(task[name], round(0.3 * task[name].numel()))
+            expected = torch.where(kept, edited[name], merged[name])
+            torch.testing.assert_close(got[name], expected, rtol=0, atol=1e-6)
+        merged = got
+
+
 def test_an_unknown_parameter_is_refused() -> None:
     with pytest.raises(ValueError, match="'x'"):
-        shadow_step(merger(0), {"w": torch.zeros(1)}, {"w": torch.zeros(1)}, {"x": torch.zeros(1)})
+        MergeChain(merger(0), {"w": torch.zeros(1)}).step({"x": torch.zeros(1)})
 
 
 def test_drift_is_the_root_of_the_ratio_of_traces() -> None:
