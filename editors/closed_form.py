@@ -27,7 +27,7 @@ from editors.api import (
 )
 from editors.capture import check_written, put, undone_on_failure
 from editors.contexts import BARE, Contexts, sample_contexts
-from editors.rows import SubjectRows
+from editors.rows import SubjectRows, subject_keys
 from editors.sites import Place, Sites, device_of, sites_for
 from editors.targets import TargetConfig, Targets, TargetSource, optimise_targets
 
@@ -198,10 +198,9 @@ class ClosedFormStream(ABC):
     def _settle(self) -> None:
         if not self._unsettled:
             return
-        rows = self._rows(self._unsettled, self.contexts)
-        for layer in self.config.layers:
-            rows.advance(layer)
-            self.remember(layer, rows.keys())
+        layers = self.config.layers
+        for layer, keys in subject_keys(self.model, self.tokenizer, self._unsettled, self.contexts, layers):
+            self.remember(layer, keys)
         self._unsettled = []
 
     def _rows(self, requests: Sequence[EditRequest], contexts: Contexts) -> SubjectRows:

@@ -4,7 +4,7 @@ The rows end at the subject's last token, since nothing behind it matters. They 
 lowest edited block; from there on each block is computed when it is needed, with the weights it then has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,3 +105,17 @@ class SubjectRows:
         for part in self.parts:
             part.hidden = part.calls.run(part.hidden, self.layer, layer - 1)
         self.layer = layer
+
+
+def subject_keys(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    contexts: Contexts,
+    layers: Sequence[int],
+) -> Iterator[tuple[int, Tensor]]:
+    """Each layer, ascending, with a batch's keys there on the model as it is, (d_in, n)."""
+    rows = SubjectRows(model, tokenizer, requests, contexts, layers[0])
+    for layer in layers:
+        rows.advance(layer)
+        yield layer, rows.keys()

@@ -33,18 +33,38 @@ FLAGS: dict[str, Flag] = {
     "batch_size": Flag("edits in a batch; default: by model", kind=int, metavar="N"),
     "num_batches": Flag("batches; default: by model", kind=int, metavar="N"),
     "chain": Flag("shadow or merged: what the next batch edits under merging; default: shadow"),
-    "merger": Flag("how a change is pruned before merging; default: self-aware"),
-    "pruning_ratio": Flag(
-        "share of a change that is dropped; default: 0.85", kind=float, many=True, metavar="R"
+    "merger": Flag(
+        "how changes are merged: self-aware (the paper's), refit, shrink, ema, ties, dare, random, low-rank, "
+        "energy; default: self-aware",
+        many=True,
+        metavar="NAME",
     ),
-    "router": Flag("how queries are routed; default: topk"),
-    "top_k": Flag("nearest texts that decide a route; default: 2", kind=int, many=True, metavar="K"),
+    "pruning_ratio": Flag(
+        "share of a change that is dropped, of mergers that have one; default: 0.85",
+        kind=float,
+        many=True,
+        metavar="R",
+    ),
+    "router": Flag(
+        "how queries are routed: topk (the paper's), calibrated, subject, relation, alias, or several joined "
+        "by & and |; default: topk",
+        many=True,
+        metavar="NAME",
+    ),
+    "top_k": Flag(
+        "nearest texts that decide a route, of routers that have one; default: 2",
+        kind=int,
+        many=True,
+        metavar="K",
+    ),
     "encoder": Flag("minilm, openai:MODEL, or a sentence-transformers id or folder; default: minilm"),
     "negatives": Flag(
         "unrelated texts of the router; default: as many as edits, of KnowEdit those of 301 other records",
         kind=int,
         metavar="N",
     ),
+    "aliases": Flag("tell the routers the other names of a subject that its record has", kind=bool),
+    "probes": Flag("route prompts beyond the scored ones too: aliases, other relations, chat ...", kind=bool),
     "evaluate": Flag("when to score: final (after the last batch) or every-batch; default: final"),
     "capability": Flag(
         "general tasks: six (sst mmlu mrpc cola rte nli), or names of lm-eval tasks; default: none",
@@ -63,7 +83,9 @@ FLAGS: dict[str, Flag] = {
         "YAML with one block per editor; a block replaces the preset's (harness.tune writes such files)",
         metavar="FILE",
     ),
-    "set": Flag("override a field of an editor's config", many=True, metavar="EDITOR.FIELD=VALUE"),
+    "set": Flag(
+        "override a field of an editor's, merger's or router's config", many=True, metavar="NAME.FIELD=VALUE"
+    ),
 }
 
 

@@ -25,7 +25,7 @@ from editors.rows import PART_TOKENS
 from editors.targets import Passes, TargetConfig
 from editors.ultraedit import UltraEdit
 from harness import generation, scoring, stats
-from harness.grid import NO_MERGE, cells_of, merge_ratios, needs_unmerged
+from harness.grid import NO_MERGE, cells_of, merges_of, needs_keys, needs_unmerged
 from harness.spec import RunSpec
 
 SHARES = {  # of the measured speed that a stage reaches on a CPU; docs/plan.md has the runs they are from
@@ -204,12 +204,16 @@ class _Stages:
             yield self._need("route", work.routed * ENCODER_SECONDS[self.kind], 0)
         self.held += self.packs
         yield from self._outcomes("unedited", weight_sets=1, times=1)
-        if layers := sorted({layer for name in spec.editors for layer in spec.editor(name).statistics()}):
+        editors = [spec.editor(name) for name in spec.editors]
+        keyed = any(needs_keys(spec, merge) for merge in merges_of(spec))
+        if layers := sorted({n for e in editors for n in (e.config.layers if keyed else e.statistics())}):
             yield self._statistics(layers)
         self.held += self.packs  # of the products that gradients pass through
         for name in spec.editors:
-            merged = 0 if name in NO_MERGE else len(merge_ratios(spec))
+            merged = 0 if name in NO_MERGE else len(merges_of(spec))
             yield self._edit(name, chains=needs_unmerged(spec) + (merged if spec.chain == "merged" else 0))
+            if merged and keyed:
+                yield self._keys(name, chains=merged if spec.chain == "merged" else 1)
             if merged:
                 yield self._merge(name, merged)
             weight_sets = merged + bool({"baseline", "+R"} & set(spec.cells))
@@ -290,7 +294,7 @@ class _Stages:
         """All rows once more, and the records; figures are left out."""
         spec, work = self.spec, self.work
         times = sum(self.points) / spec.num_batches
-        weight_sets = 1 + len(spec.editors) * (1 + len(merge_ratios(spec))) * times
+        weight_sets = 1 + len(spec.editors) * (1 + len(merges_of(spec))) * times
         prompts = work.prompts * ROW_BYTES["prompt"] + work.texts * ROW_BYTES["text"]
         cells = 1 + sum(len(list(cells_of(spec, name))) for name in spec.editors)
         records = cells * sum(point + 1 for point in self.points)
@@ -444,6 +448,19 @@ class _Stages:
             return seconds, memory + 3 * entries * self.precise
         features = sum(longest * (d_in + d_out) * (4 + 2 * 8) for d_out, d_in in shape.edited[name].values())
         return seconds, memory + features + longest**2 * 8
+
+    def _keys(self, name: str, chains: int) -> Need:
+        """The keys of all batches once more, and what the covariances make of them."""
+        shape, layers = self.shape, self.spec.editor(name).config.layers
+        before = sum(TEMPLATES * (CONTEXT_TOKENS + fact.before) for batch in self.batches for fact in batch)
+        seconds = self._forward("keys", before, layers[-1] + 1 + len(layers), 2 * -(-before // PART_TOKENS))
+        solved = len(layers) * (shape.inner**3 / 3 + 2 * shape.inner**2 * self.spec.edits)
+        seconds += solved / self.rates.double + self._multiplied_out(name)
+        square, stored = shape.inner**2 * 8, 2 * len(layers) * self.spec.edits * shape.inner * self.precise
+        return self._need(
+            f"keys {name}", chains * seconds, 2 * square, versions=shape.entries(name) * self.precise,
+            host=len(layers) * square, disk=chains * stored,
+        )  # fmt: skip
 
     def _merge(self, name: str, ratios: int) -> Need:
         """Replay of the stored changes, once for each ratio."""

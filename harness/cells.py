@@ -21,6 +21,7 @@ from harness.metrics import (
     task_scores,
     text_scores,
 )
+from harness.route_probes import RouteProbe, probe_scores
 from harness.spec import RunSpec
 from reports.record import Record, Score
 
@@ -94,6 +95,11 @@ class RecordMaker:
                 scores.append(task_route_score(chosen, self.spec.seed))
             yield self._record(cell, task, scores, started)
 
+    def probes(self, cell: Cell, probes: Sequence[RouteProbe], sent: Sequence[bool]) -> Record:
+        """The record of what a routed cell's router does with probes; sent: to the edited model."""
+        started = time.perf_counter()
+        return self._record(cell, "probes", probe_scores(probes, sent, self.spec.seed), started)
+
     def error(self, cell: Cell | None, text: str, part: str = "overall") -> Record:
         """The record of a slice that has no scores; cell None: of the unedited model."""
         return self._record(cell, part, [], time.perf_counter(), error=text)
@@ -142,18 +148,19 @@ class RecordMaker:
         """point: batches in the weights; None: all."""
         spec = self.spec
         batches = spec.num_batches if point is None else point
-        ratio = cell.pruning_ratio if cell else None
-        top_k = cell.top_k if cell else None
+        merge, route = (cell.merge, cell.route) if cell else (None, None)
         return Record(
             run_id=self.run_id,
             model=spec.model,
             dataset=spec.dataset,
             editor=cell.editor if cell else "none",
             cell=cell.name if cell else "unedited",
-            chain=None if ratio is None else spec.chain,
-            pruning_ratio=ratio,
-            top_k=top_k,
-            encoder=None if top_k is None else spec.encoder,
+            chain=spec.chain if merge else None,
+            merger=merge.merger if merge else None,
+            pruning_ratio=merge.pruning_ratio if merge else None,
+            router=route.router if route else None,
+            top_k=route.top_k if route else None,
+            encoder=spec.encoder if route else None,
             seed=spec.seed,
             edits_applied=batches * spec.batch_size if cell else 0,
             slice=part,

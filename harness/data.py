@@ -43,7 +43,8 @@ NO_SUBJECT = "the subject is not in the prompt"
 # Fields that are read. Others may stand beside them, but not in the place of one of these, misspelt.
 FIELDS = (
     "case_id", "requested_rewrite", "paraphrase_prompts", "neighborhood_prompts", "generation_prompts",
-    "relation", "no_subject_relation_conflict",
+    "relation", "no_subject_relation_conflict", "aliases", "hops", "same_subject", "portability",
+    "unrelated_relation", "alternative_subject",
 )  # fmt: skip
 REWRITE_FIELDS = ("prompt", "subject", "relation_id", "target_new", "target_true")
 KNOWEDIT_FIELDS = (
@@ -65,6 +66,9 @@ class EditCase:
     generation_prompts: tuple[str, ...] = ()
     relation_id: str | None = None  # with target_id it names the reference texts of consistency
     target_id: str | None = None  # of target_new
+    aliases: tuple[str, ...] = ()  # other names of the subject that are given with the edit
+    # Kind of harness.route_probes -> prompts that only routers are asked; kinds without any are left out.
+    route_prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def rewrite_prompt(self) -> str:
@@ -366,7 +370,25 @@ def to_knowedit_case(record: Mapping[str, Any], number: int) -> KnowEditCase | N
         neighborhood_prompts=_prompts_of(probes, "relation_specificity"),
         probes=probes,
         left_out=dict(left_out),
+        route_prompts=_knowedit_route_prompts(probes, truths),
     )
+
+
+def _knowedit_route_prompts(
+    probes: Mapping[str, tuple[Probe, ...]], truths: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Prompts of portability, and those of relation specificity that do not ask the edited fact itself.
+
+    Those that do have the edit's old answer for theirs.
+    """
+    others = [p for p in probes.get("relation_specificity", ()) if not {*p.answers} & {*truths}]
+    reasoning, logical = PORTABILITY["Reasoning"], PORTABILITY["Logical_Generalization"]
+    found = {
+        "alias": _prompts_of(probes, PORTABILITY["Subject_Aliasing"]),
+        "hop": _prompts_of(probes, reasoning) + _prompts_of(probes, logical),
+        "same_subject": tuple(probe.prompt for probe in others),
+    }
+    return {kind: prompts for kind, prompts in found.items() if prompts}
 
 
 def _prompts_of(probes: Mapping[str, tuple[Probe, ...]], kind: str) -> tuple[str, ...]:
@@ -471,6 +493,7 @@ def to_case(record: Mapping[str, Any], number: int) -> EditCase:
     for name, kind in (("relation", str), ("no_subject_relation_conflict", bool)):
         if name in record:
             field_of(record, name, kind, where)
+    aliases = _texts_of(record, "aliases", where)
     return EditCase(
         case_id=case_id,
         request=request,
@@ -480,7 +503,59 @@ def to_case(record: Mapping[str, Any], number: int) -> EditCase:
         generation_prompts=prompts_of(record, "generation_prompts", 0, where),
         relation_id=name_of(rewrite, "relation_id", inside),
         target_id=name_of(rewrite["target_new"], "id", f"{inside}.target_new"),
+        aliases=aliases,
+        route_prompts=_route_prompts(record, request, aliases, where),
     )
+
+
+def _route_prompts(
+    record: Mapping[str, Any], request: EditRequest, aliases: Sequence[str], where: str
+) -> dict[str, tuple[str, ...]]:
+    """From the optional fields of the embedded facts, and from those that EasyEdit adds to CounterFact.
+
+    An alias in place of the subject; questions whose answers follow from the edit; questions about the
+    subject's other relations.
+    """
+    other_name = name_of(record, "alternative_subject", where)
+    if other_name is not None:
+        other_name = text_of(other_name, f"{where}, alternative_subject")
+    names = [*aliases, *([] if other_name is None else [other_name])]
+    found = {
+        "alias": tuple(request.prompt.replace("{}", name) for name in names),
+        "hop": (
+            *_listed_prompts(record, "hops", where),
+            *_question_of(record, "portability", "New Question", where),
+        ),
+        "same_subject": (
+            *_listed_prompts(record, "same_subject", where),
+            *_question_of(record, "unrelated_relation", "question", where),
+        ),
+    }
+    return {kind: prompts for kind, prompts in found.items() if prompts}
+
+
+def _texts_of(record: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """A list of texts that may be absent or null."""
+    values = [] if record.get(name) is None else field_of(record, name, list, where)
+    return tuple(text_of(value, f"{where}, {name}[{i}]") for i, value in enumerate(values))
+
+
+def _listed_prompts(record: Mapping[str, Any], name: str, where: str) -> Iterator[str]:
+    """The field ``prompt`` of every element of a list that may be absent or null."""
+    entries = [] if record.get(name) is None else field_of(record, name, list, where)
+    for i, entry in enumerate(entries):
+        at = f"{where}, {name}[{i}]"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{at} is {shown(entry)}, not a dict")
+        yield text_of(field_of(entry, "prompt", str, at), f"{at}.prompt")
+
+
+def _question_of(record: Mapping[str, Any], name: str, key: str, where: str) -> Iterator[str]:
+    """One text of a dict; both may be absent or null."""
+    entry = {} if record.get(name) is None else field_of(record, name, dict, where)
+    no_near_miss(entry, (key,), f"{where}, {name}")
+    if entry.get(key) is not None:
+        yield text_of(entry[key], f"{where}, {name}.{key}")
 
 
 def select(

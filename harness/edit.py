@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 # Those that say how a folder is made; on a folder that is there they may only repeat what it was made with.
 MAKING = (
-    "model", "stats", "limit_stats", "merger", "router", "encoder", "negatives", "seed", "dtype", "device",
+    "model", "stats", "limit_stats", "encoder", "negatives", "seed", "dtype", "device",
     "hyperparameters", "set",
 )  # fmt: skip
-SINGLE = ("pruning_ratio", "top_k")  # of which a folder has one
+SINGLE = ("merger", "pruning_ratio", "router", "top_k")  # of which a folder has one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +101,9 @@ def _spec(args: argparse.Namespace, there: "Manifest | None") -> "RunSpec":
     spec = there.spec
     if overrides or file:
         rows = file.rows if file else {}
-        given["settings"] = editor_settings(spec.model, spec.editors, overrides, rows=rows)
+        given["settings"] = editor_settings(
+            spec.model, spec.editors, overrides, rows=rows, others=spec.modules
+        )
     differ = [
         f"{name}: {getattr(spec, name)!r} there, {value!r} now"
         for name, value in given.items()

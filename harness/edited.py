@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from editors import dense
-from editors.sites import device_of
+from editors.sites import device_of, sites_for
 from harness import onednn
 from harness.check import Asked, check, general_queries
 from harness.data import Dataset, load_dataset
@@ -38,8 +38,9 @@ from harness.digested import content_digest, write_digested
 from harness.encoders import CachedEncoder, encoder
 from harness.factfile import Fact
 from harness.folder import locked, software
-from harness.grid import NO_MERGE
+from harness.grid import NO_MERGE, merges_of, needs_keys
 from harness.kept_targets import KeptTargets
+from harness.keys import Solver, contexts_of, keyed_layers, keys_path, write_keys
 from harness.models import (
     LoadedModel,
     edit_in_float32,
@@ -51,7 +52,7 @@ from harness.models import (
 )
 from harness.paths import cache_folder, read_lines, shown, write_json, write_text
 from harness.progress import Display
-from harness.replay import Replay, Weights, edited_parameters
+from harness.replay import Replay, Weights, added, edited_parameters
 from harness.run import (
     check_layers,
     give_back_freed,
@@ -61,10 +62,10 @@ from harness.run import (
     start_stream,
     statistics_of,
 )
-from harness.served import MANIFEST, Manifest, load_base
+from harness.served import MANIFEST, Manifest, RememberedTexts, load_base
 from harness.sparse import changed_entries
 from harness.spec import RunSpec
-from routing import ROUTERS
+from routing import Subject, build
 
 FACTS, REMOVED = "facts.jsonl", "removed.jsonl"
 SCHEMA_VERSION = 1
@@ -234,7 +235,8 @@ class _Work:
     ) -> None:  # fmt: skip
         self.out, self.spec, self.display, self.loaded, self.batches = out, spec, display, loaded, batches
         self.editor = spec.editors[0]
-        self.ratio = None if self.editor in NO_MERGE else spec.pruning_ratio[0]
+        self.merge = None if self.editor in NO_MERGE else merges_of(spec)[0]
+        self.keyed = self.merge is not None and needs_keys(spec, self.merge)
         self.info = dict(manifest.info) if manifest else {}
         names = edited_parameters(spec, loaded.model)
         edit_in_float32(loaded.model, names)
@@ -256,8 +258,8 @@ class _Work:
         if done == total:
             return
         kind: Any = self.spec.editor(self.editor)
-        statistics = None
-        if layers := kind.statistics():
+        statistics, layers = None, kind.config.layers if self.keyed else kind.statistics()
+        if layers:
             with self.display.stage("statistics") as stage:
                 statistics = statistics_of(
                     self.spec, self.loaded, layers, progress=lambda n, of: stage.update(n / of)
@@ -278,13 +280,14 @@ class _Work:
             else:
                 write_state(self._state_path(0), stream.state(), 0)
             self._put(weights)
+            solver = Solver(statistics.covariance, device_of(self.loaded.model)) if statistics else None
             for number in range(done + 1, total + 1):
                 stage.update(number - done - 1)
-                weights = self._edit_batch(stream, number, weights)
+                weights = self._edit_batch(stream, number, weights, solver)
         self.seconds["edit"] = round(time.monotonic() - start, 3)
         self.info["passes"] = asdict(self.passes)
 
-    def _edit_batch(self, stream: Any, number: int, weights: Weights) -> Weights:
+    def _edit_batch(self, stream: Any, number: int, weights: Weights, solver: Solver | None) -> Weights:
         facts = self.batches.facts[number - 1]
         ids, before = [fact.id for fact in facts], tensors_digest(weights)
         made_of = {"run": self.spec.digest(), "facts": _digest(facts), "digest_before": before}
@@ -295,7 +298,21 @@ class _Work:
             raise FloatingPointError(
                 f"batch {number} ({_few(ids)}): {error}; --remove takes facts out"
             ) from error
-        after = self.replay.after(weights, {name: dense(change) for name, change in delta.items()}, None)
+        after = added(weights, {name: dense(change) for name, change in delta.items()})
+        if self.keyed:
+            assert solver is not None, "a merger that needs keys has statistics gathered"
+            sites, method = sites_for(self.loaded.model), self.spec.editor(self.editor)
+            write_keys(
+                self._keys_path(number),
+                self.loaded.model,
+                self.loaded.tokenizer,
+                [fact.request for fact in facts],
+                contexts_of(self._state_path(0)),
+                keyed_layers(method.parameters(sites), sites, method.config.layers),
+                solver,
+                facts=made_of["facts"],
+                digest_before=before,
+            )
         path = delta_path(self.out, self.editor, number)
         write_state(self._state_path(number), stream.state(), number)
         write_delta(
@@ -310,12 +327,13 @@ class _Work:
         done, weights = 0, dict(self.base)
         for number, facts in enumerate(self.batches.facts, start=1):
             path = delta_path(self.out, self.editor, number)
-            if not path.is_file() or not self._state_path(number).is_file():
+            needed = [path, self._state_path(number), *([self._keys_path(number)] if self.keyed else [])]
+            if not all(one.is_file() for one in needed):
                 break
             said = stored_delta(path)[1]
             if said.get("facts") != _digest(facts) or said["digest_before"] != tensors_digest(weights):
                 break
-            weights = self.replay.after(weights, self.replay.delta(self.editor, number), None)
+            weights = added(weights, self.replay.delta(self.editor, number))
             done = number
         return done, weights
 
@@ -323,11 +341,16 @@ class _Work:
         """Remove what later batches left that are no longer as they should be."""
         for path in (self.out / "deltas").rglob("batch-*.safetensors"):
             if int(path.stem.removeprefix("batch-")) > done:
+                number = int(path.stem.removeprefix("batch-"))
                 path.unlink()
-                self._state_path(int(path.stem.removeprefix("batch-"))).unlink(missing_ok=True)
+                self._state_path(number).unlink(missing_ok=True)
+                self._keys_path(number).unlink(missing_ok=True)
 
     def _state_path(self, number: int) -> Path:
         return self.out / "state" / self.editor / f"after-{number:04d}.safetensors"
+
+    def _keys_path(self, number: int) -> Path:
+        return keys_path(self.out, self.editor, number)
 
     def _put(self, weights: Weights) -> None:
         with torch.no_grad():
@@ -342,9 +365,9 @@ class _Work:
         model, spec = self.loaded.model, self.spec
         with self.display.stage("merge"):
             weights = self.base
-            for after in self.replay.history(self.editor, self.ratio, range(1, len(self.batches.facts) + 1)):
+            for after in self.replay.history(self.editor, self.merge, range(1, len(self.batches.facts) + 1)):
                 weights = after
-            weights, _ = self.replay.released(self.editor, self.ratio, weights)
+            weights, _ = self.replay.released(self.editor, self.merge, weights)
             cast = {name: value.to(model.dtype) for name, value in weights.items()}
             base = {name: value.to(model.dtype) for name, value in self.base.items()}
             entries = changed_entries(base, cast)
@@ -353,15 +376,20 @@ class _Work:
         unrelated = list(given) if given is not None else drawn(embedded, facts, spec)
         unrelated += [fact.text for fact in self.batches.removed]
         corpus: list[tuple[str, int | str | None]] = [*texts, *((text, None) for text in unrelated)]
-        vectors = embed([text for text, _ in corpus]) if corpus else torch.empty(0, 0)
-        weights_file = self._put_away("edits", entries, {"model": self.loaded.digest})
-        router_file = self._put_away(
-            "router", {"vectors": vectors}, {"encoder": embed.identity, "texts": json.dumps(corpus)}
-        )
-        config, kind = ROUTERS[spec.router]
-        router = kind(config(top_k=spec.top_k[0]), embed)
-        router.add("edited", [text for text, _ in texts])
+        known = RememberedTexts(embed)
+        subjects = [Subject(name=fact.subject, aliases=fact.aliases) for fact in self.batches.in_force]
+        router = build(spec.router[0], known, spec.router_settings(spec.top_k[0]))
+        router.add("edited", [text for text, _ in texts], subjects)
         router.add(None, unrelated)
+        weights_file = self._put_away("edits", entries, {"model": self.loaded.digest})
+        said = {
+            "encoder": embed.identity,
+            "texts": json.dumps(corpus),
+            "subjects": json.dumps([[subject.name, *subject.aliases] for subject in subjects]),
+            "embedded": json.dumps(list(known.vectors)),
+        }
+        vectors = torch.stack(list(known.vectors.values())) if known.vectors else torch.empty(0, 0)
+        router_file = self._put_away("router", {"vectors": vectors}, said)
         with self.display.stage("check") as stage:
             found = check(
                 model,

@@ -10,8 +10,8 @@ from editors import EditRequest
 from harness.fields import field_of, find_subject, no_near_miss, prompts_of, subject_of, text_of
 from harness.paths import read_csv, read_lines, shown
 
-FIELDS = ("id", "prompt", "subject", "target_new", "target_true", "paraphrases", "unrelated")
-LISTS = ("paraphrases", "unrelated")
+FIELDS = ("id", "prompt", "subject", "target_new", "target_true", "paraphrases", "unrelated", "aliases")
+LISTS = ("paraphrases", "unrelated", "aliases")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class Fact:
     target_true: str | None = None  # what the model is thought to say so far
     paraphrases: tuple[str, ...] = ()  # should be continued with target_new too
     unrelated: tuple[str, ...] = ()  # should go on being answered as before
+    aliases: tuple[str, ...] = ()  # other names of the subject, for routers that look at it
 
     @property
     def text(self) -> str:

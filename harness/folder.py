@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from harness.data import Dataset, Selection
 from harness.models import MODELS
 from harness.paths import write_atomically, write_json
-from harness.spec import RunSpec, hyperparameter_source
+from harness.spec import RunSpec, hyperparameter_source, upgraded
 from reports.record import SCHEMA_VERSION, Record
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "sentence-transformers")
@@ -30,7 +30,7 @@ KERNEL_VARIABLES = (
 STAGES = {  # version of each stage's code: rises when what it leaves on disk would be another
     "editing": 1, "merging": 1, "routing": 1, "scoring": 1, "statistics": 1, "tasks": 1, "texts": 1,
 }  # fmt: skip
-FOLDERS = ("deltas", "state", "scores", "figures")
+FOLDERS = ("deltas", "keys", "state", "scores", "figures")
 FILES = ("run.json", "records.jsonl", "cases.jsonl.gz", "report.md", "report.tex", "report.html")
 
 
@@ -175,6 +175,7 @@ def _same_run(path: Path, plain: Mapping[str, Any]) -> dict[str, Any]:
         then = dict(info["spec"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is broken; give another --out, or --fresh to begin anew") from None
+    then = upgraded(then)
     stages = info.get("stages", dict.fromkeys(STAGES, 1))
     for what, there, now in (("spec", then, plain), ("version of the code", stages, STAGES)):
         differ = [

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from editors import LowRank
+    from harness.grid import Merge
     from harness.models import LoadedModel
     from harness.replay import Replay, Weights
     from harness.served import Manifest
@@ -41,11 +42,11 @@ class Chain:
 
     name: str  # of the folder below deltas/
     editor: str
-    ratio: float | None  # of the merged chain; None: unmerged
+    merge: "Merge | None"  # of the merged chain; None: unmerged
 
     @property
     def cell(self) -> str:
-        return CELLS[self.ratio is not None]
+        return CELLS[self.merge is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +98,16 @@ class Ledger:
     @cached_property
     def chains(self) -> list[Chain]:
         """All chains of the run in the order of its editors."""
-        from harness.grid import NO_MERGE, merge_ratios, needs_unmerged, weights_id
+        from harness.grid import NO_MERGE, merges_of, needs_unmerged, weights_id
 
         found = []
         for editor in self.spec.editors:
             if needs_unmerged(self.spec):
-                found.append(Chain(name=editor, editor=editor, ratio=None))
+                found.append(Chain(name=editor, editor=editor, merge=None))
             if self.spec.chain == "merged" and editor not in NO_MERGE:
-                for ratio in merge_ratios(self.spec):
-                    name = weights_id(self.spec, editor, ratio)
-                    found.append(Chain(name=name, editor=editor, ratio=ratio))
+                for merge in merges_of(self.spec):
+                    name = weights_id(self.spec, editor, merge)
+                    found.append(Chain(name=name, editor=editor, merge=merge))
         return found
 
     def of_editor(self, editor: str | None) -> list[Chain]:
@@ -206,7 +207,8 @@ def problems(ledger: Ledger, chain: Chain, replay: "Replay | None", last: int | 
     from harness.deltas import multiplied_out
     from harness.models import tensors_digest
 
-    weights = None if replay is None else replay.base
+    steps = None if replay is None else replay.steps(chain.name, chain.merge)
+    weights = None if steps is None else steps.weights
     before = None if weights is None else tensors_digest(weights)
     for batch in range(1, (len(ledger.batches) if last is None else last) + 1):
         path = ledger.path(chain, batch)
@@ -227,14 +229,19 @@ def problems(ledger: Ledger, chain: Chain, replay: "Replay | None", last: int | 
             yield f"{path} was made on weights {metadata['digest_before'][:SHOWN]}, not {before[:SHOWN]}"
             weights = None
         before = metadata["digest_after"]
-        if weights is None or replay is None:
+        if weights is None or steps is None:
             continue
         if odd := [n for n, c in delta.items() if n not in weights or _shape(c) != tuple(weights[n].shape)]:
             yield f"{path} changes {odd[0]}, which the run's editors do not edit in that shape"
             weights = None
             continue
         device = next(iter(weights.values())).device
-        weights = replay.after(weights, multiplied_out(delta, device), chain.ratio)
+        try:
+            weights = steps.step(batch, multiplied_out(delta, device))
+        except ValueError as error:  # of the keys that its merger needs
+            yield str(error)
+            weights = None
+            continue
         found = tensors_digest(weights)
         if found != before:
             yield f"{path} gives weights {found[:SHOWN]}, not {before[:SHOWN]}"
@@ -300,7 +307,7 @@ def _chain_table(ledger: Ledger, chain: Chain) -> str:
     table = tabulate(
         rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True, missingval="–"
     )  # fmt: skip
-    of = "unmerged" if chain.ratio is None else f"merged at {chain.ratio:g} after every batch"
+    of = "unmerged" if chain.merge is None else f"merged by {chain.merge} after every batch"
     changed = f"\nParameters: {', '.join(map(_cell_text, names))}\n" if names else ""
     return "\n".join([f"## {chain.name} ({of})\n", table, changed, *(f"- {note}\n" for note in notes)])
 
@@ -478,17 +485,19 @@ def _without_router(check: Mapping[str, Mapping[str, Any]]) -> str:
 def made_again(ledger: Ledger, replay: "Replay", weights_of: Chain, batches: Sequence[int]) -> "Weights":
     """The weights that the changes of some batches give, as they are used."""
     weights = replay.base
-    for after in replay.history(weights_of.editor, weights_of.ratio, batches):
+    for after in replay.history(weights_of.editor, weights_of.merge, batches):
         weights = after
-    return replay.released(weights_of.editor, weights_of.ratio, weights)[0]
+    return replay.released(weights_of.editor, weights_of.merge, weights)[0]
 
 
-def chosen(ledger: Ledger, editor: str | None, cell: str | None, ratio: float | None) -> Chain:
-    """Which weights are named: the chain they are made of, with their own pruning ratio.
+def chosen(
+    ledger: Ledger, editor: str | None, cell: str | None, ratio: float | None, merger: str | None = None
+) -> Chain:
+    """Which weights are named: the chain they are made of, with how they are merged.
 
     None stands for the first editor, and for its unmerged weights, of a folder of harness.edit the served.
     """
-    from harness.grid import NO_MERGE, weights_id
+    from harness.grid import NO_MERGE, merges_of, weights_id
 
     spec = ledger.spec
     editor = editor or spec.editors[0]
@@ -497,27 +506,33 @@ def chosen(ledger: Ledger, editor: str | None, cell: str | None, ratio: float | 
     if cell is None:
         cell = "+MM" if ledger.manifest is not None and spec.merges else "baseline"
     if cell == "baseline":
-        if ratio is not None:
-            raise ValueError(f"--pruning-ratio {ratio:g} is of merged weights; add --cell +MM")
+        for flag, value in (("--pruning-ratio", ratio), ("--merger", merger)):
+            if value is not None:
+                raise ValueError(f"{flag} {value} is of merged weights; add --cell +MM")
         if editor not in names:
             raise ValueError(f"the run has no unmerged weights of {editor}; give --cell +MM")
-        return Chain(name=editor, editor=editor, ratio=None)
+        return Chain(name=editor, editor=editor, merge=None)
     if not spec.merges or editor in NO_MERGE:
         raise ValueError(f"the run has no merged weights of {editor}; give --cell baseline")
-    if ratio is None:
-        ratio = spec.pruning_ratio[0]
-    if ratio not in spec.pruning_ratio:
+    if ratio is not None and ratio not in spec.pruning_ratio:
         known = ", ".join(f"{r:g}" for r in spec.pruning_ratio)
         raise ValueError(f"the run has no pruning ratio {ratio:g}; known: {known}; give one of them")
-    name = weights_id(spec, editor, ratio) if spec.chain == "merged" else editor
-    return Chain(name=name, editor=editor, ratio=ratio)
+    for merge in merges_of(spec):
+        if merger in (None, merge.merger) and ratio in (None, merge.pruning_ratio):
+            name = weights_id(spec, editor, merge) if spec.chain == "merged" else editor
+            return Chain(name=name, editor=editor, merge=merge)
+    asked = " and ".join(str(part) for part in (merger, ratio) if part is not None)
+    raise ValueError(
+        f"the run has no weights merged by {asked}; known: {', '.join(map(str, merges_of(spec)))}; "
+        "give --merger and --pruning-ratio of one of them"
+    )
 
 
 def _write(ledger: Ledger, args: argparse.Namespace, batches: Sequence[int], what: str) -> int:
     """Write the weights that some batches give as a checkpoint; ValueError if anything is not as recorded."""
     from harness.models import weights_digest
 
-    weights_of = chosen(ledger, args.editor, args.cell, args.pruning_ratio)
+    weights_of = chosen(ledger, args.editor, args.cell, args.pruning_ratio, args.merger)
     out: Path = args.out
     if os.path.lexists(out):
         raise ValueError(f"{str(out)!r} exists already; give another --out")
@@ -568,7 +583,8 @@ def _write_sparse(
         "cell": weights_of.cell,
         "digest_after": tensors_digest(after),
         "editor": weights_of.editor,
-        "pruning_ratio": json.dumps(weights_of.ratio),
+        "merger": json.dumps(weights_of.merge and weights_of.merge.merger),
+        "pruning_ratio": json.dumps(weights_of.merge and weights_of.merge.pruning_ratio),
         "run": ledger.info["run_id"],
     }
     write_digested(args.out, entries, said)
@@ -647,8 +663,8 @@ def _card(
         ("settings", json.dumps(spec.as_json()["settings"][weights_of.editor], sort_keys=True)),
         ("cell", weights_of.cell),
     ]
-    if weights_of.ratio is not None:
-        merging = f"{spec.merger}, pruning ratio {weights_of.ratio:g}, {spec.chain} chain"
+    if weights_of.merge is not None:
+        merging = f"{weights_of.merge}, {spec.chain} chain"
         facts.append(("merging", merging))
     dataset = provenance.get("dataset", {})
     facts.append(("edits", sum(len(said["case_ids"]) for _, said in entries)))
@@ -779,6 +795,7 @@ def _parser() -> OneLineParser:
         added[name].add_argument(
             "--cell", choices=CELLS, help="default: baseline; of a folder of harness.edit what it serves"
         )
+        added[name].add_argument("--merger", metavar="NAME", help="of +MM; default: the run's first")
         added[name].add_argument(
             "--pruning-ratio", type=float, metavar="R", help="of +MM; default: the run's first"
         )

@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from harness.grid import Cell, cells_of
+from harness.grid import Cell, Merge, Route, cells_of, merges_of, routes_of
 from harness.models import edit_in_float32, find_model, load_model, weights_in_place
 from harness.paths import cache_folder
 from harness.replay import Replay, edited_parameters
@@ -122,21 +122,24 @@ class CellLM(RoutedLM):
         run: str,
         editor: str,
         cell: str = "+MM+R",
+        merger: str | None = None,
         pruning_ratio: float | None = None,
+        router: str | None = None,
         top_k: int | None = None,
         data: str | None = None,
         batch_size: int | str | None = None,
         device: str | None = None,
         **unknown: Any,
     ) -> None:
-        """run, editor, cell: which; pruning_ratio, top_k: where a run has several, by default its first;
+        """run, editor, cell: which; merger, pruning_ratio, router, top_k: where a run has several, by default
+        its first;
         data: as of the ablation, where the run's dataset is a local copy; device: by default the run's.
 
         Raises ValueError if the run has no such cell, or the model or dataset is not what it was made with.
         """
         unknown.pop("max_batch_size", None)  # lm-eval's command line always gives it
         if unknown:
-            known = "run, editor, cell, pruning_ratio, top_k, data, batch_size, device"
+            known = "run, editor, cell, merger, pruning_ratio, router, top_k, data, batch_size, device"
             raise ValueError(f"unknown model argument {min(unknown)!r}; known: {known}")
         from lm_eval.models.huggingface import HFLM
 
@@ -144,7 +147,8 @@ class CellLM(RoutedLM):
             device = None  # lm-eval's command line names cuda:0 unless told otherwise
         info = _run_info(Path(run))
         spec = RunSpec.from_json(info["spec"])
-        chosen = _cell(spec, editor, cell, pruning_ratio, top_k)
+        named = {"merger": merger, "pruning_ratio": pruning_ratio, "router": router, "top_k": top_k}
+        chosen = _cell(spec, editor, cell, named)
         loaded = load_model(
             spec.model, find_model(spec.model), dtype=getattr(torch, spec.dtype), device=device or spec.device
         )
@@ -155,12 +159,12 @@ class CellLM(RoutedLM):
         edit_in_float32(model, names)
         base = {name: model.get_parameter(name).detach().clone() for name in names}
         replay = Replay(folder=Path(run), spec=spec, base=base, device=model.device)
-        *_, last = replay.history(editor, chosen.pruning_ratio)
-        weights, _ = replay.released(editor, chosen.pruning_ratio, last)
+        *_, last = replay.history(editor, chosen.merge)
+        weights, _ = replay.released(editor, chosen.merge, last)
         edited = {name: value.to(model.dtype) for name, value in weights.items()}
-        router = None if chosen.top_k is None else _router(info, spec, chosen.top_k, data)
+        sends = None if chosen.route is None else _router(info, spec, chosen.route, data)
         inner = HFLM(pretrained=model, tokenizer=loaded.tokenizer, batch_size=batch_size or 16)
-        super().__init__(inner, model, edited, router)
+        super().__init__(inner, model, edited, sends)
 
 
 def _run_info(run: Path) -> dict[str, Any]:
@@ -171,25 +175,25 @@ def _run_info(run: Path) -> dict[str, Any]:
     return info
 
 
-def _cell(spec: RunSpec, editor: str, name: str, ratio: float | None, top_k: int | None) -> Cell:
-    """The cell of these names; of several ratios and top-k the first unless one is named."""
+def _cell(spec: RunSpec, editor: str, name: str, named: Mapping[str, Any]) -> Cell:
+    """The cell of these names; of several mergers, ratios, routers and top-k the first if none is named."""
     cells = list(cells_of(spec, editor)) if editor in spec.editors else []
     for cell in cells:
-        fits = ratio in (None, cell.pruning_ratio) and top_k in (None, cell.top_k)
-        if cell.name == name and fits:
+        setting = {**vars(cell.merge or Merge(merger="")), **vars(cell.route or Route(router=""))}
+        if cell.name == name and all(value in (None, setting[field]) for field, value in named.items()):
             return cell
-    asked = ", ".join(str(part) for part in (editor, name, ratio, top_k) if part is not None)
+    asked = ", ".join(str(part) for part in (editor, name, *named.values()) if part is not None)
     raise ValueError(
         f"the run has no cell {asked}; editors: {', '.join(spec.editors)}; cells: {', '.join(spec.cells)}; "
-        f"pruning ratios: {list(spec.pruning_ratio)}; top-k: {list(spec.top_k)}"
+        f"mergers: {', '.join(map(str, merges_of(spec)))}; routers: {', '.join(map(str, routes_of(spec)))}"
     )
 
 
-def _router(info: Mapping[str, Any], spec: RunSpec, top_k: int, data: str | None) -> Router:
+def _router(info: Mapping[str, Any], spec: RunSpec, route: Route, data: str | None) -> Router:
     """The run's router as it was after the last batch."""
     from harness.data import load_dataset, select
     from harness.encoders import encoder
-    from routing import ROUTERS
+    from harness.routers import build_router
 
     dataset = load_dataset(spec.dataset, data)
     if dataset.digest != info["spec"]["data_digest"]:
@@ -197,12 +201,8 @@ def _router(info: Mapping[str, Any], spec: RunSpec, top_k: int, data: str | None
     selection, _ = select(
         dataset, edits=spec.edits, negatives=spec.negatives, order=spec.select, seed=spec.seed
     )
-    config, kind = ROUTERS[spec.router]
-    router = kind(
-        config(top_k=top_k), encoder(spec.encoder, cache=cache_folder("embeddings"), device=spec.device)
-    )
-    router.add("edited", [case.rewrite_prompt for case in selection.cases])
-    router.add(None, selection.unrelated)
+    embed = encoder(spec.encoder, cache=cache_folder("embeddings"), device=spec.device)
+    router = build_router(spec, route, embed, selection.cases, selection.unrelated)
     return lambda prompts: [decision.expert is not None for decision in router.route(prompts)]
 
 

@@ -23,7 +23,7 @@ from harness import onednn, scoring, stats
 from harness.budget import Budget, Fact, Machine, Need, Rates, Shape, Work, predict
 from harness.data import EditCase, KnowEditCase, Selection, load_dataset, select
 from harness.folder import RunFolder
-from harness.grid import merge_ratios, weights_id
+from harness.grid import merges_of, weights_id
 from harness.models import MODELS, LoadedModel, find_model, model_config
 from harness.run import OWN_TOKENS, TOKENS_PER_WIDTH, WEIGHT_VERSIONS, WORKING_BYTES
 from harness.spec import RunSpec
@@ -349,7 +349,8 @@ def compare(
     shape = shape_of(loaded.model, spec)
     work = work_of(spec, selection, loaded.tokenizer, shape, suite)
     budget = predict(spec, shape, work, machine_of(spec, shape, loaded.model, info.get("passes")))
-    owners = {weights_id(spec, name, ratio): name for name in spec.editors for ratio in _ratios(spec)}
+    merges = (None, *merges_of(spec))
+    owners = {weights_id(spec, name, merge): name for name in spec.editors for merge in merges}
     owners["unedited"] = "unedited"
     seconds: Counter[str] = Counter()
     for name, value in info["timings"].items():
@@ -367,10 +368,6 @@ def compare(
     return [*rows, whole | {"cpu_memory_bytes": cpu, "gpu_memory_bytes": gpu}]
 
 
-def _ratios(spec: RunSpec) -> tuple[float | None, ...]:
-    return (None, *merge_ratios(spec))
-
-
 def _row(need: Need, seconds: float | None, disk: int) -> dict[str, Any]:
     return {
         "stage": need.stage,
@@ -385,7 +382,7 @@ def _row(need: Need, seconds: float | None, disk: int) -> dict[str, Any]:
 
 def _stage_of(timing: str, owners: Mapping[str, str]) -> str:
     """The stage that a timing of ``run.json`` belongs to; owners: weight set -> editor."""
-    for kind in ("score", "texts", "general tasks with", "edit", "merge"):
+    for kind in ("score", "texts", "general tasks with", "edit", "keys", "merge"):
         if timing.startswith(f"{kind} "):
             weights = timing.removeprefix(f"{kind} ").partition(" after batch ")[0]
             return f"{kind} {owners.get(weights, weights)}"
@@ -394,7 +391,7 @@ def _stage_of(timing: str, owners: Mapping[str, str]) -> str:
 
 def _stage_of_file(parts: Sequence[str], owners: Mapping[str, str]) -> str:
     """The stage that left a file; parts: of its path in the run folder."""
-    kinds = {"deltas": "edit", "state": "edit", "scores": "score"}
+    kinds = {"deltas": "edit", "keys": "keys", "state": "edit", "scores": "score"}
     if parts[0] not in kinds:
         return "report"
     kind = "general tasks with" if parts[:2] == ("scores", "tasks") else kinds[parts[0]]

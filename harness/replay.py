@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from editors.sites import sites_for
 from harness.deltas import delta_path, read_delta
-from harness.grid import weights_id
+from harness.grid import Merge, weights_id
+from harness.keys import keys_path, read_keys
 from harness.spec import RunSpec
-from merging import MERGERS
-from merging.chain import shadow_chain
+from merging import MergeChain
 
 Weights = dict[str, Tensor]
 
@@ -35,26 +35,26 @@ class Replay:
     device: torch.device  # where changes are multiplied out: that of the editing, wherever weights are kept
 
     def history(
-        self, editor: str, ratio: float | None, batches: Sequence[int] | None = None
+        self, editor: str, merge: Merge | None, batches: Sequence[int] | None = None
     ) -> Iterator[Weights]:
-        """The weights after every batch, merged at a pruning ratio or unmerged (None).
+        """The weights after every batch, merged or unmerged (None).
 
         batches: only the changes of these, added in this order; all of them by default.
         """
         if batches is None:
             batches = range(1, self.spec.num_batches + 1)
-        if ratio is not None and self.spec.chain == "shadow":
-            deltas = (self.delta(editor, batch) for batch in batches)
-            yield from shadow_chain(self._merger(ratio), self.base, deltas)
-            return
-        weights = self.base
+        name = weights_id(self.spec, editor, merge) if self.spec.chain == "merged" else editor
+        steps = self.steps(name, merge)
         for batch in batches:
-            weights = self.after(weights, self.delta(weights_id(self.spec, editor, ratio), batch), ratio)
-            yield weights
+            yield steps.step(batch, self.delta(name, batch))
 
-    def released(self, editor: str, ratio: float | None, weights: Weights) -> tuple[Weights, dict[str, Any]]:
+    def steps(self, chain: str, merge: Merge | None) -> "Steps":
+        """Weights batch after batch, from the unedited ones on; chain: name of the folder of the changes."""
+        return Steps(self, chain, merge)
+
+    def released(self, editor: str, merge: Merge | None, weights: Weights) -> tuple[Weights, dict[str, Any]]:
         """Weights as they are evaluated, and what the editor notes of it."""
-        if ratio is not None:
+        if merge is not None:
             return weights, {}
         return self.spec.editor(editor).released(self.base, weights)
 
@@ -66,14 +66,33 @@ class Replay:
             raise ValueError(f"{path} was made on other weights than those before it; use --fresh")
         return delta
 
-    def after(self, weights: Weights, delta: Mapping[str, Tensor], ratio: float | None) -> Weights:
-        """Weights after one batch's change, merged under the merged chain."""
-        delta = {name: change.to(weights[name].device) for name, change in delta.items()}
-        if ratio is None:
-            return weights | {name: weights[name] + change for name, change in delta.items()}
-        merged: Weights = self._merger(ratio).merge({name: weights[name] for name in delta}, [delta])
-        return weights | merged
 
-    def _merger(self, ratio: float) -> Any:
-        config, kind = MERGERS[self.spec.merger]
-        return kind(config(pruning_ratio=ratio))
+def added(weights: Weights, delta: Mapping[str, Tensor]) -> Weights:
+    """Weights and a change of some of them."""
+    return weights | {name: weights[name] + change.to(weights[name].device) for name, change in delta.items()}
+
+
+class Steps:
+    """What a chain's changes make of the unedited weights, one batch at a time."""
+
+    def __init__(self, replay: Replay, chain: str, merge: Merge | None) -> None:
+        self._replay, self._chain = replay, chain
+        self._merging: MergeChain | None = None
+        self._keyed = False
+        if merge is not None:
+            merger = replay.spec.build_merger(merge.merger, merge.pruning_ratio)
+            self._merging = MergeChain(merger, replay.base, replay.spec.chain)  # type: ignore[arg-type]
+            self._keyed = merger.needs_keys
+        self.weights: Weights = dict(replay.base)  # after the last batch
+
+    def step(self, batch: int, delta: Mapping[str, Tensor]) -> Weights:
+        """The weights after a batch's change; its keys are read where the merger needs them."""
+        if self._merging is None:
+            self.weights = added(self.weights, delta)
+            return self.weights
+        keys = None
+        if self._keyed:
+            device = next(iter(self.weights.values())).device
+            keys = read_keys(keys_path(self._replay.folder, self._chain, batch), device)
+        self.weights = self._merging.step(delta, keys)
+        return self.weights

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import json
 import logging
+import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from editors.sites import device_of, sites_for
 from editors.targets import Passes
 from harness import onednn
 from harness.cells import RecordMaker, Row
-from harness.data import EditCase, KnowEditCase, load_dataset, prompt_rows, select
+from harness.data import Dataset, EditCase, KnowEditCase, Selection, load_dataset, prompt_rows, select
 from harness.deltas import (
     BatchCheckpoint,
     delta_path,
@@ -37,8 +38,19 @@ from harness.deltas import (
 from harness.encoders import encoder
 from harness.folder import RunFolder, SpecMismatchError, provenance
 from harness.generation import Consistency, load_references, sample_texts, text_rows
-from harness.grid import NO_MERGE, Cell, cells_of, merge_ratios, needs_unmerged, weights_id
+from harness.grid import (
+    NO_MERGE,
+    Cell,
+    Merge,
+    cells_of,
+    merges_of,
+    needs_keys,
+    needs_unmerged,
+    route_id,
+    weights_id,
+)
 from harness.kept_targets import KeptTargets
+from harness.keys import Solver, contexts_of, keyed_layers, keys_path, write_keys
 from harness.models import (
     LoadedModel,
     edit_in_float32,
@@ -52,13 +64,15 @@ from harness.models import (
 from harness.paths import NotWrittenError, cache_folder, read_lines, write_lines_gz
 from harness.probes import batch_probes, probe_fields
 from harness.progress import Display, Stage
-from harness.replay import Replay, Weights, edited_parameters
+from harness.replay import Replay, Steps, Weights, edited_parameters
+from harness.route_probes import RouteProbe, first_sentence, probe_rows, route_probes
+from harness.routers import decide, routers_of
 from harness.scoring import Answer, Query, score
 from harness.spec import CORPORA, HyperparameterFile, RunSpec
-from harness.stats import Progress, Statistics, gather_statistics, load_corpus, read_texts
+from harness.stats import SAMPLES, Progress, Statistics, gather_statistics, load_corpus, read_texts
 from reports.record import Record
 from reports.render import write_reports
-from routing import ROUTERS, Decision
+from routing import Decision
 
 if TYPE_CHECKING:
     from harness.capability import Evaluator, Suite
@@ -67,9 +81,10 @@ NOT_APPLICABLE = "not applicable"
 OWN_TOKENS = 30_000  # least text sampled for ``self``; docs/statistics.md shows why
 TOKENS_PER_WIDTH = 10  # tokens per dimension of a key below which a report says so
 WEIGHT_VERSIONS = 8  # of the edited matrices that are alive at once: unedited, edited, merged, differences
+PROBE_TEXTS = 500  # plain sentences that routers are probed with
 WORKING_BYTES = 8 * 2**30  # of an accelerator's memory left free for passes and solves
 logger = logging.getLogger(__name__)
-Routes = dict[int, list[tuple[str, float]]]  # top-k -> (route, score) of every scored prompt
+Routes = dict[str, list[tuple[str, float]]]  # name of a route -> (route, score) of every scored prompt
 Outcomes = dict[int, list[Row]]  # batches in the weights -> every prompt scored with them
 
 
@@ -125,7 +140,8 @@ def run_grid(
             run = _Run(spec, folder, display, loaded, selection.cases, suite, consistency)
             run.timed("load", stage)
         if embed is not None:
-            run.route(embed, selection.unrelated)
+            probes = probes_of(spec, dataset, selection, suite) if spec.probes else []
+            run.route(embed, selection.unrelated, probes)
         try:
             failed = run.all_editors()
         except SpecMismatchError:
@@ -246,6 +262,8 @@ class _Run:
         self.routing_error: str | None = None
         self.suite = suite
         self.task_routes: Routes = {}
+        self.route_probes: Sequence[RouteProbe] = ()
+        self.probe_routes: Routes = {}
         self.task_rows: dict[str, list[Row] | str] = {}  # weight set -> outcomes of general tasks, or error
         self._evaluator: Evaluator | None = None
         self.records = RecordMaker(
@@ -259,7 +277,11 @@ class _Run:
         model = {"name": spec.model, "revision": loaded.revision, "digest": loaded.digest}
         folder.same("model", model)
         editors = [spec.editor(name) for name in spec.editors]
-        self.layers = sorted({layer for editor in editors for layer in editor.statistics()})
+        self.merges = merges_of(spec)
+        keyed = any(needs_keys(spec, merge) for merge in self.merges)
+        self.layers = sorted(
+            {layer for e in editors for layer in (e.config.layers if keyed else e.statistics())}
+        )
         names = edited_parameters(spec, loaded.model)
         edit_in_float32(loaded.model, names)
         packed = onednn.pack_linears(loaded.model, leave=set(names)) if onednn.available() else 0
@@ -273,6 +295,7 @@ class _Run:
         self.kept_targets = KeptTargets(self._weights_before, self.passes)
         self._before: tuple[str, tuple[int, ...]] | None = None  # digest before a batch, and its versions
         self.statistics: Statistics | None = None
+        self._solver: Solver | None = None
         self.notes: list[str] = suite.notes(loaded.tokenizer) if suite else []
         if spec.generation_prompts is not None:
             self.notes.append(
@@ -288,23 +311,30 @@ class _Run:
         self.folder.note()
         return seconds
 
-    def route(self, embed: Callable[[Sequence[str]], Tensor], unrelated: Sequence[str]) -> None:
-        """Decide every scored prompt, with the edits that the corpus has at that point."""
-        spec = self.spec
-        config, kind = ROUTERS[spec.router]
+    def route(
+        self,
+        embed: Callable[[Sequence[str]], Tensor],
+        unrelated: Sequence[str],
+        probes: Sequence[RouteProbe],
+    ) -> None:
+        """Decide every scored prompt, with the edits that the corpus has at that point.
+
+        probes: what is only routed, by the routers as they are after the last batch, as the general tasks.
+        """
+        spec, self.route_probes = self.spec, probes
         try:
             with self.display.stage("route prompts") as stage:
                 for point in self.points:
-                    router = kind(config(top_k=spec.top_k[0]), embed)
-                    edited = self.cases[: point * spec.batch_size]
-                    router.add("edited", [case.rewrite_prompt for case in edited])
-                    router.add(None, unrelated)
+                    routers = routers_of(spec, embed, self.cases[: point * spec.batch_size], unrelated)
                     prompts = [self.prompts[i]["prompt"] for i in self._scored(point)]
-                    self.routes[point] = _named(router.route_many(prompts, spec.top_k))
-                if self.suite is not None:  # by the router as it is after the last batch
+                    self.routes[point] = _named(decide(routers, spec, prompts))
+                if self.suite is not None:
                     prompts = [item.prompt for item in self.suite.items]
-                    self.task_routes = _named(router.route_many(prompts, spec.top_k))
+                    self.task_routes = _named(decide(routers, spec, prompts))
                 self.timed("route", stage)
+                if probes:
+                    self.probe_routes = _named(decide(routers, spec, [probe.prompt for probe in probes]))
+                    self.timed("route probes", stage)
         except NotWrittenError:
             raise
         except Exception as error:  # the cells without a router do not depend on it
@@ -339,24 +369,24 @@ class _Run:
     def _editor(self, editor: str) -> Iterator[Record]:
         """Records of all cells of one editor; a weight set that fails costs only the cells that need it."""
         spec = self.spec
-        outcomes: dict[float | None, Outcomes | str] = {}
+        outcomes: dict[Merge | None, Outcomes | str] = {}
         if spec.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(spec.device)
-        for ratio in (None, *merge_ratios(spec)):
-            if ratio is None and not needs_unmerged(spec):
+        for merge in (None, *self.merges):
+            if merge is None and not needs_unmerged(spec):
                 continue
-            if ratio is not None and editor in NO_MERGE:
-                outcomes[ratio] = NOT_APPLICABLE
+            if merge is not None and editor in NO_MERGE:
+                outcomes[merge] = NOT_APPLICABLE
                 continue
             try:
-                outcomes[ratio] = self._weight_set(editor, ratio)
+                outcomes[merge] = self._weight_set(editor, merge)
             except (SpecMismatchError, NotWrittenError):
                 raise
             except Exception as error:  # whatever it is, the other weight sets do not depend on it
-                text = self._said(weights_id(spec, editor, ratio), error)
-                outcomes[ratio] = text
-                if ratio is None and spec.chain == "shadow":
-                    outcomes |= dict.fromkeys(merge_ratios(spec), text)
+                text = self._said(weights_id(spec, editor, merge), error)
+                outcomes[merge] = text
+                if merge is None and spec.chain == "shadow":
+                    outcomes |= dict.fromkeys(self.merges, text)
                     break
             finally:
                 self._restore(self.base)
@@ -365,16 +395,16 @@ class _Run:
         if isinstance(baseline, str):
             baseline = None
         for cell in cells_of(spec, editor):
-            found = outcomes[cell.pruning_ratio]
-            if cell.top_k is not None and self.routing_error and not isinstance(found, str):
+            found = outcomes[cell.merge]
+            if cell.route is not None and self.routing_error and not isinstance(found, str):
                 found = self.routing_error
             if isinstance(found, str):
                 yield self.records.error(cell, found)
                 continue
             for point, rows in found.items():
                 routes = None
-                if cell.top_k is not None:
-                    routes = [route for route, _ in self.routes[point][cell.top_k]]
+                if cell.route is not None:
+                    routes = [route for route, _ in self.routes[point][route_id(spec, cell.route)]]
                 yield from self.records.cell(
                     cell,
                     rows,
@@ -384,6 +414,7 @@ class _Run:
                     routes=routes,
                 )
             yield from self._task_records(cell)
+            yield from self._probe_records(cell)
 
     def _said(self, what: str, error: Exception) -> str:
         """An error as one line, shown and kept; its traceback is in the log."""
@@ -392,42 +423,81 @@ class _Run:
         self.display.say(f"{what} failed: {text}")
         return text
 
-    def _weight_set(self, editor: str, ratio: float | None) -> Outcomes:
-        """Outcomes of one editor's weights, merged at a pruning ratio or unmerged (None), at every point."""
-        name = weights_id(self.spec, editor, ratio)
-        if ratio is None:
+    def _weight_set(self, editor: str, merge: Merge | None) -> Outcomes:
+        """Outcomes of one editor's weights, merged or unmerged (None), at every point."""
+        name = weights_id(self.spec, editor, merge)
+        if merge is None:
             self._edit(editor, editor, None)
             if not {"baseline", "+R"} & set(self.spec.cells):
                 return {}  # edited only for what is merged from it
         elif self.spec.chain == "merged":
-            self._edit(editor, name, ratio)
+            self._edit(editor, name, merge)
+        elif needs_keys(self.spec, merge):
+            self._take_keys(editor)
         outcomes: Outcomes = {}
-        history, done, seconds = self.replay.history(editor, ratio), 0, 0.0
+        history, done, seconds = self.replay.history(editor, merge), 0, 0.0
         for point in self.points:
             merging = (
-                self.display.stage(f"merge {editor} at {ratio:g}, batch {point}") if ratio else nullcontext()
+                self.display.stage(f"merge {editor} by {merge}, batch {point}") if merge else nullcontext()
             )
             with merging:
                 start = time.monotonic()
                 for after in islice(history, point - done):
                     weights = after
                 done, seconds = point, seconds + time.monotonic() - start
-            shown, notes = self.replay.released(editor, ratio, weights)
+            shown, notes = self.replay.released(editor, merge, weights)
             if notes:
                 self._measured(editor, **notes)
             outcomes[point] = self._outcomes(name, shown, point)
         self._ability(name, shown)
-        if ratio is not None:
+        if merge is not None:
             self.folder.info["timings"][f"merge {name}"] = round(seconds, 3)
             self.folder.note()
         return outcomes
 
-    def _edit(self, editor: str, chain: str, ratio: float | None) -> None:
+    def _take_keys(self, editor: str) -> None:
+        """Store the keys of every batch of the unmerged chain, where they are not stored yet."""
+        numbers = range(1, len(self.batches) + 1)
+        missing = [batch for batch in numbers if not keys_path(self.out, editor, batch).is_file()]
+        if not missing:
+            return
+        self._gathered()  # while the model is unedited
+        with self.display.stage(f"keys {editor}", total=len(missing)) as stage:
+            steps = self.replay.steps(editor, None)
+            for batch in range(1, missing[-1] + 1):
+                after = steps.step(batch, self.replay.delta(editor, batch))
+                if batch in missing:
+                    self._restore(after)
+                    self._write_keys(editor, editor, batch)
+                    stage.update(missing.index(batch) + 1)
+            self.timed(f"keys {editor}", stage)
+
+    def _write_keys(self, editor: str, chain: str, batch: int) -> None:
+        """Store the keys of one batch on the model as it is."""
+        sites, method = sites_for(self.loaded.model), self.spec.editor(editor)
+        cases = self.batches[batch - 1]
+        statistics = self._gathered()
+        assert statistics is not None, "a merger that needs keys has statistics gathered"
+        if self._solver is None:
+            self._solver = Solver(statistics.covariance, device_of(self.loaded.model))
+        write_keys(
+            keys_path(self.out, chain, batch),
+            self.loaded.model,
+            self.loaded.tokenizer,
+            [case.request for case in cases],
+            contexts_of(state_path(self.out, chain)),
+            keyed_layers(method.parameters(sites), sites, method.config.layers),
+            self._solver,
+            run=self.folder.info["run_id"],
+            case_ids=json.dumps([case.case_id for case in cases]),
+        )
+
+    def _edit(self, editor: str, chain: str, merge: Merge | None) -> None:
         """Edit batch after batch from the unedited weights, as far as that is not done; the deltas stay.
 
-        chain: name of the delta folder; ratio: of the merged chain, None for the unmerged one.
+        chain: name of the delta folder; merge: of the merged chain, None for the unmerged one.
         """
-        weights, state, done = self._resumed(chain, ratio)
+        steps, state, done = self._resumed(chain, merge)
         if done == len(self.batches):
             return
         statistics = self._gathered()
@@ -443,14 +513,14 @@ class _Run:
             )
             if done or state:
                 stream.restore(state)
-                self._restore(weights)
+                self._restore(steps.weights)
             else:
                 write_state(state_path(self.out, chain), stream.state(), 0)
             start, saved = time.perf_counter(), self.kept_targets.saved_seconds
             for batch in range(done + 1, len(self.batches) + 1):
                 stage.update(batch - 1)
                 try:
-                    weights = self._edit_batch(stream, editor, chain, batch, weights, ratio)
+                    self._edit_batch(stream, editor, chain, batch, steps, merge)
                 except FloatingPointError as error:
                     kept = f"; those before it are kept: 1 to {batch - 1}" if batch > 1 else ""
                     raise FloatingPointError(f"batch {batch}: {error}{kept}") from error
@@ -461,19 +531,21 @@ class _Run:
             self.timed(f"edit {chain}", stage)
 
     def _edit_batch(
-        self, stream: EditStream, editor: str, chain: str, batch: int, weights: Weights, ratio: float | None
-    ) -> Weights:
-        """Write one batch (from 1) into the model and onto disk; the weights after it."""
-        cases = self.batches[batch - 1]
-        ids, run_id, before = [c.case_id for c in cases], self.folder.info["run_id"], tensors_digest(weights)
+        self, stream: EditStream, editor: str, chain: str, batch: int, steps: Steps, merge: Merge | None
+    ) -> None:
+        """Write one batch (from 1) into the model and onto disk."""
+        cases, run_id = self.batches[batch - 1], self.folder.info["run_id"]
+        ids, before = [case.case_id for case in cases], tensors_digest(steps.weights)
         checkpoint = BatchCheckpoint(
             parts_folder(self.out, chain, batch),
             {"run": run_id, "case_ids": json.dumps(ids), "digest_before": before},
         )
         self._before = before, self._versions()
         delta = stream.edit([case.request for case in cases], checkpoint)
-        after = self.replay.after(weights, {name: dense(change) for name, change in delta.items()}, ratio)
-        if ratio is not None:
+        if merge is not None and needs_keys(self.spec, merge):  # on the model as the batch left it
+            self._write_keys(editor, chain, batch)
+        after = steps.step(batch, {name: dense(change) for name, change in delta.items()})
+        if merge is not None:
             self._restore(after)
         write_delta(
             delta_path(self.out, chain, batch),
@@ -488,7 +560,6 @@ class _Run:
             write_state(state_path(self.out, chain), stream.state(), batch)
         checkpoint.clear()
         give_back_freed()
-        return after
 
     def _versions(self) -> tuple[int, ...]:
         """Counters that PyTorch raises whenever an edited parameter is written to."""
@@ -499,7 +570,7 @@ class _Run:
         digest, versions = self._before or (None, ())
         return digest if versions == self._versions() else None
 
-    def _resumed(self, chain: str, ratio: float | None) -> tuple[Weights, dict[str, Tensor], int]:
+    def _resumed(self, chain: str, merge: Merge | None) -> tuple[Steps, dict[str, Tensor], int]:
         """Weights and the editor's state after the batches that are on disk, and how many these are."""
         done = 0
         while done < len(self.batches) and delta_path(self.out, chain, done + 1).is_file():
@@ -510,11 +581,10 @@ class _Run:
             if settled > done:  # a state beyond the last delta fits none before it
                 state, settled = {}, 0
             done = settled
-        weights = dict(self.base)
+        steps = self.replay.steps(chain, merge)
         for batch in range(1, done + 1):
-            delta = self.replay.delta(chain, batch, before=tensors_digest(weights))
-            weights = self.replay.after(weights, delta, ratio)
-        return weights, state, done
+            steps.step(batch, self.replay.delta(chain, batch, before=tensors_digest(steps.weights)))
+        return steps, state, done
 
     def _restore(self, weights: Weights) -> None:
         with torch.no_grad():
@@ -630,7 +700,7 @@ class _Run:
             return
         unedited, rows = self.task_rows["unedited"], self.task_rows["unedited"]
         if cell is not None:
-            rows = self.task_rows[weights_id(self.spec, cell.editor, cell.pruning_ratio)]
+            rows = self.task_rows[weights_id(self.spec, cell.editor, cell.merge)]
         if isinstance(unedited, str) or isinstance(rows, str):
             text = rows if isinstance(rows, str) else f"the unedited model's tasks failed: {unedited}"
             for name in self.suite.names:
@@ -638,8 +708,16 @@ class _Run:
         elif cell is None:
             yield from self.records.tasks(None, rows)
         else:
-            routes = None if cell.top_k is None else [route for route, _ in self.task_routes[cell.top_k]]
+            routes = None
+            if cell.route is not None:
+                routes = [route for route, _ in self.task_routes[route_id(self.spec, cell.route)]]
             yield from self.records.tasks(cell, rows, unedited=unedited, routes=routes)
+
+    def _probe_records(self, cell: Cell) -> Iterator[Record]:
+        """The record of a routed cell's probes, which no weights have a part in."""
+        if self.route_probes and cell.route is not None:
+            sent = [route == "edited" for route, _ in self.probe_routes[route_id(self.spec, cell.route)]]
+            yield self.records.probes(cell, self.route_probes, sent)
 
     def _stored_tasks(self, name: str) -> list[Row]:
         rows = self.task_rows.get(name, [])
@@ -649,9 +727,11 @@ class _Run:
         """All scored prompts under all weight sets, with their routes, from the stored parts."""
         yield from self.unedited
         yield from self._stored_tasks("unedited")
+        edits = self.spec.edits
+        yield from self._with_routes(probe_rows(self.route_probes, edits), self.probe_routes)
         for editor in self.spec.editors:
-            for ratio in (None, *merge_ratios(self.spec)):
-                name = weights_id(self.spec, editor, ratio)
+            for merge in (None, *self.merges):
+                name = weights_id(self.spec, editor, merge)
                 for point in self.points:
                     path = self._scores_path(name, point)
                     if path.is_file():
@@ -660,13 +740,15 @@ class _Run:
 
     def _with_routes(self, rows: Sequence[Row], routes: Routes) -> Iterator[Row]:
         """The rows with where they are sent; as they are if nothing is routed."""
-        first, *others = self.spec.top_k
+        names = list(routes)
         for i, row in enumerate(rows):
             routed: Row = {}
-            if routes:
-                routed["route"], routed["route_score"] = routes[first][i]
-                if others:
-                    routed["routes"] = {str(k): routes[k][i][0] for k in self.spec.top_k}
+            if row["weights"] == "probes":  # how sure every router is can be compared on these
+                routed["route_scores"] = {name: routes[name][i][1] for name in names}
+            if names:
+                routed["route"], routed["route_score"] = routes[names[0]][i]
+            if names[1:]:
+                routed["routes"] = {name: routes[name][i][0] for name in names}
             yield row | routed
 
     def _tell(self, stage: Stage, what: str, share: float) -> None:
@@ -705,9 +787,27 @@ def passes_for(model: PreTrainedModel, known: Mapping[str, int] | None) -> Passe
     return Passes.fitting(model, torch.cuda.mem_get_info(device)[0])
 
 
-def _named(decisions: Mapping[int, Sequence[Decision]]) -> Routes:
+def _named(decisions: Mapping[str, Sequence[Decision]]) -> Routes:
     """Decisions as rows have them."""
-    return {k: [(d.expert or "unedited", d.score) for d in made] for k, made in decisions.items()}
+    return {name: [(d.expert or "unedited", d.score) for d in made] for name, made in decisions.items()}
+
+
+def probes_of(
+    spec: RunSpec, dataset: Dataset, selection: Selection, suite: "Suite | None"
+) -> list[RouteProbe]:
+    """What the routers are asked beside the scored prompts."""
+    known = {case.case_id for case in (*selection.cases, *selection.negatives)}
+    others = [case for case in dataset.cases if case.case_id not in known]
+    corpus = str(SAMPLES / "smollm2-135m.jsonl.gz") if spec.stats in CORPORA else spec.stats
+    texts = [first_sentence(text) for text in read_texts(corpus)]
+    random.Random(spec.seed).shuffle(texts)
+    return route_probes(
+        selection.cases,
+        others,
+        tasks=[item.prompt for item in suite.items] if suite is not None else (),
+        texts=texts[:PROBE_TEXTS],
+        seed=spec.seed,
+    )
 
 
 def batch_queries(batches: Sequence[Sequence[EditCase]]) -> Iterator[tuple[Row, Query]]:

@@ -20,7 +20,7 @@ from harness.paths import read_tensors
 from harness.routed import RoutedModel
 from harness.sparse import with_entries
 from harness.spec import RunSpec, default_device
-from routing import ROUTERS
+from routing import Subject, build
 
 if TYPE_CHECKING:
     from routing import Router
@@ -38,6 +38,15 @@ class CorpusText:
     @property
     def expert(self) -> str | None:
         return None if self.fact is None else "edited"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A router's texts, what the edited ones are about, and the vectors that it needs of them."""
+
+    texts: Sequence[CorpusText]  # by corpus position, the edited ones first
+    subjects: Sequence[Subject]  # of the edited ones; none in folders of older versions
+    vectors: Mapping[str, Tensor]  # text -> (d,), unit length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +87,15 @@ class Manifest:
         """The changed entries of the model's weights."""
         return self._part("weights")[0]
 
-    def corpus(self) -> tuple[list[CorpusText], Tensor]:
-        """The router's texts by corpus position, and their unit vectors, (texts, d)."""
+    def corpus(self) -> "Corpus":
+        """What the router is made of."""
         tensors, metadata = self._part("router")
         texts = [CorpusText(text=text, fact=fact) for text, fact in json.loads(metadata["texts"])]
-        return texts, tensors["vectors"]
+        embedded = json.loads(metadata["embedded"]) if "embedded" in metadata else [t.text for t in texts]
+        subjects = [Subject(name=name, aliases=tuple(more)) for name, *more in _names(metadata)]
+        return Corpus(
+            texts=texts, subjects=subjects, vectors=dict(zip(embedded, tensors["vectors"], strict=True))
+        )
 
     def _part(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """A file that the manifest names; ValueError if it is another than was written."""
@@ -158,22 +171,33 @@ def router_of(manifest: Manifest, device: str) -> tuple[list[CorpusText], "Route
             f"{str(manifest.folder)!r} was made with encoder {manifest.info['encoder']!r}, here "
             f"{spec.encoder!r} is {embed.identity!r}; give it the encoder it was made with"
         )
-    texts, vectors = manifest.corpus()
-    config, kind = ROUTERS[spec.router]
-    router = kind(config(top_k=spec.top_k[0]), _Known(texts, vectors, embed))
-    for expert in ("edited", None):  # in order of position
-        router.add(expert, [one.text for one in texts if one.expert == expert])
-    return texts, router
+    corpus = manifest.corpus()
+    index = RememberedTexts(embed, corpus.vectors)
+    router = build(spec.router[0], index, spec.router_settings(spec.top_k[0]))
+    edited = [one.text for one in corpus.texts if one.expert is not None]
+    router.add("edited", edited, corpus.subjects or None)  # in order of position
+    router.add(None, [one.text for one in corpus.texts if one.expert is None])
+    return list(corpus.texts), router
 
 
-class _Known:
-    """Texts -> unit vectors: those of a corpus from the index, others embedded anew."""
+def _names(metadata: Mapping[str, str]) -> list[list[str]]:
+    """The names of every edited text's subject, its aliases behind it."""
+    names: list[list[str]] = json.loads(metadata.get("subjects", "[]"))
+    return names
 
-    def __init__(self, texts: Sequence[CorpusText], vectors: Tensor, embed: CachedEncoder) -> None:
-        self._vectors = {one.text: vector for one, vector in zip(texts, vectors, strict=True)}
-        self._embed = embed
+
+class RememberedTexts:
+    """Texts -> unit vectors, (n, d): those of an index, others embedded anew."""
+
+    def __init__(self, embed: CachedEncoder, vectors: Mapping[str, Tensor] | None = None) -> None:
+        """vectors: the index to begin with; None: every text asked for is remembered."""
+        self._embed, self._grows, self.identity = embed, vectors is None, embed.identity
+        self.vectors: dict[str, Tensor] = dict(vectors or {})
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        new = sorted({text for text in texts if text not in self._vectors})
+        new = sorted({text for text in texts if text not in self.vectors})
+        if self._grows:
+            self.vectors |= dict(zip(new, self._embed(new), strict=True)) if new else {}
+            return torch.stack([self.vectors[text] for text in texts])
         found = dict(zip(new, self._embed.once(new), strict=True)) if new else {}
-        return torch.stack([self._vectors[text] if text in self._vectors else found[text] for text in texts])
+        return torch.stack([self.vectors[text] if text in self.vectors else found[text] for text in texts])

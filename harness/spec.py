@@ -18,8 +18,10 @@ from editors import EDITORS, Editor
 from harness.data import DATASETS, Dataset, Selection
 from harness.models import MODELS
 from harness.paths import checked_name, is_there, read_yaml, shown
-from merging import MERGERS
+from merging import MERGERS, Merger
 from routing import ROUTERS
+from routing import check as check_router
+from routing import fields as router_parts
 from tasks import SIX, TASKS
 
 HYPERPARAMETERS = Path(__file__).parent / "hyperparameters.yaml"
@@ -28,6 +30,8 @@ CHAINS = ("shadow", "merged")
 EVALUATIONS = ("final", "every-batch")
 CORPORA = ("self", "wikipedia")
 SELECTIONS = ("first", "random")
+METHODS = {name: config for table in (EDITORS, MERGERS, ROUTERS) for name, (config, _) in table.items()}
+FLAGGED = ("pruning_ratio", "top_k")  # fields of mergers and routers with a flag that takes several values
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -45,12 +49,14 @@ class RunSpec:
     batch_size: int
     num_batches: int
     chain: str
-    merger: str
-    pruning_ratio: tuple[float, ...]
-    router: str
-    top_k: tuple[int, ...]
+    merger: tuple[str, ...]
+    pruning_ratio: tuple[float, ...]  # of the mergers that have one
+    router: tuple[str, ...]
+    top_k: tuple[int, ...]  # of the routers that have one
     encoder: str
     negatives: int | None  # None: as many as edits; KnowEdit: all prompts of 301 other records
+    aliases: bool  # give the routers the other names of a subject that its record has
+    probes: bool  # route the prompts of harness.route_probes too
     evaluate: str
     capability: tuple[str, ...]  # general tasks; none if empty
     generation: bool  # sample texts: fluency, consistency
@@ -59,14 +65,13 @@ class RunSpec:
     seed: int
     dtype: str
     device: str
-    settings: Mapping[str, Mapping[str, Any]]  # editor -> all fields of its config
+    settings: Mapping[str, Mapping[str, Any]]  # editor, merger or router -> the fields of its config
 
     def __post_init__(self) -> None:
         _known("editor", self.editors, EDITORS)
         _known("cell", self.cells, CELLS)
         _known("chain", (self.chain,), CHAINS)
-        _known("merger", (self.merger,), MERGERS)
-        _known("router", (self.router,), ROUTERS)
+        _known("merger", self.merger, MERGERS)
         _known("selection", (self.select,), SELECTIONS)
         _known("dtype", (self.dtype,), DTYPES)
         _known("evaluation", (self.evaluate,), EVALUATIONS)
@@ -79,16 +84,18 @@ class RunSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {shown(value)}; it must be at least 1")
-        for name in ("editors", "cells", "pruning_ratio", "top_k"):
+        for name in ("editors", "cells", "merger", "pruning_ratio", "router", "top_k"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} is {list(values)}; name at least one, and none twice")
         if len(set(self.capability)) < len(self.capability):
             raise ValueError(f"capability is {list(self.capability)}; name no task twice")
-        for ratio in self.pruning_ratio:
-            MERGERS[self.merger][0](pruning_ratio=ratio)
-        for k in self.top_k:
-            ROUTERS[self.router][0](top_k=k)
+        for merger in self.merger:
+            for ratio in self.pruning_ratio:
+                self.build_merger(merger, ratio if has_ratio(merger) else None)
+        for router in self.router:
+            for k in self.top_k:
+                check_router(router, self.router_settings(k))
         for editor in self.editors:
             self.editor(editor)
 
@@ -99,6 +106,11 @@ class RunSpec:
     @property
     def merges(self) -> bool:
         return any("MM" in cell for cell in self.cells)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the mergers, and of the routers that those of the run are made of."""
+        return modules_of(self.merger, self.router)
 
     @property
     def routes(self) -> bool:
@@ -112,6 +124,24 @@ class RunSpec:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
+    def build_merger(self, name: str, pruning_ratio: float | None) -> Merger:
+        """A merger with its settings; raises ValueError naming it if a field is wrong."""
+        config, kind = MERGERS[name]
+        ratio = {} if pruning_ratio is None else {"pruning_ratio": pruning_ratio}
+        try:
+            merger: Merger = kind(config(**self.settings.get(name, {}), **ratio))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return merger
+
+    def router_settings(self, top_k: int | None) -> dict[str, dict[str, Any]]:
+        """Router -> the fields of its config, as ``routing.build`` takes them."""
+        settings = {name: dict(self.settings.get(name, {})) for name in ROUTERS}
+        for name, fields in settings.items():
+            if top_k is not None and _has_field(ROUTERS[name][0], "top_k"):
+                fields["top_k"] = top_k
+        return settings
+
     def as_json(self) -> dict[str, Any]:
         """Plain data with sorted, resolved fields, as run.json holds it."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), sort_keys=True))
@@ -120,6 +150,7 @@ class RunSpec:
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "RunSpec":
         """The inverse of ``as_json``; what run.json has beside the spec's fields is passed over."""
+        plain = upgraded(plain)
         fields = {field.name: plain[field.name] for field in dataclasses.fields(cls)}
         settings = {
             editor: {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
@@ -131,6 +162,31 @@ class RunSpec:
     def digest(self) -> str:
         """The run id."""
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def upgraded(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec as run.json has it, from a version that knew one merger and one router, in the present form."""
+    several = {name: [plain[name]] for name in ("merger", "router") if isinstance(plain.get(name), str)}
+    return {"aliases": False, "probes": False, **plain, **several}
+
+
+def has_ratio(merger: str) -> bool:
+    """Whether a merger is run at every pruning ratio."""
+    return _has_field(MERGERS[merger][0], "pruning_ratio")
+
+
+def has_top_k(router: str) -> bool:
+    """Whether a router, or one that it is made of, is asked at every top-k."""
+    return any(_has_field(ROUTERS[name][0], "top_k") for name in router_parts(router))
+
+
+def modules_of(mergers: Sequence[str], routers: Sequence[str]) -> tuple[str, ...]:
+    """Names of mergers, and of the routers that these are made of, each once."""
+    return tuple(dict.fromkeys((*mergers, *(part for router in routers for part in router_parts(router)))))
+
+
+def _has_field(config: Any, name: str) -> bool:
+    return any(field.name == name for field in dataclasses.fields(config))
 
 
 def _known(what: str, names: Sequence[str], known: Any) -> None:
@@ -159,6 +215,10 @@ def resolve(
     paper = model in MODELS and MODELS[model].paper
     editors = tuple(given.get("editors", ("memit", "alphaedit")))
     _known("editor", editors, EDITORS)
+    mergers = tuple(given.get("merger", ("self-aware",)))
+    _known("merger", mergers, MERGERS)
+    routers = tuple(given.get("router", ("topk",)))
+    used = modules_of(mergers, routers)
     dataset = given.get("dataset", "counterfact" if paper else "facts")
     if dataset not in DATASETS and not is_there(dataset):
         raise ValueError(
@@ -182,12 +242,14 @@ def resolve(
         batch_size=given.get("batch_size", _batch_size(dataset) if paper else 20),
         num_batches=given.get("num_batches", 10 if paper else 5),
         chain=given.get("chain", "shadow"),
-        merger=given.get("merger", "self-aware"),
+        merger=mergers,
         pruning_ratio=tuple(given.get("pruning_ratio", (0.85,))),
-        router=given.get("router", "topk"),
+        router=routers,
         top_k=tuple(given.get("top_k", (2,))),
         encoder=given.get("encoder", "minilm"),
         negatives=given.get("negatives"),
+        aliases=given.get("aliases", False),
+        probes=given.get("probes", False),
         evaluate=given.get("evaluate", "final"),
         capability=capability_tasks(given.get("capability", ("none",))),
         generation=given.get("generation", False),
@@ -197,7 +259,7 @@ def resolve(
         dtype=given.get("dtype") or ("float32" if device == "cpu" else "bfloat16"),
         device=device,
         settings=editor_settings(
-            model, editors, overrides, rows=hyperparameters.rows if hyperparameters else {}
+            model, editors, overrides, rows=hyperparameters.rows if hyperparameters else {}, others=used
         ),
     )
 
@@ -342,26 +404,30 @@ def editor_settings(
     overrides: Sequence[str] = (),
     *,
     rows: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
+    others: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """All config fields of each editor: its row of ``rows``, else the model's row, then the overrides.
 
-    Raises ValueError for an unknown editor or field, a value of the wrong type, or missing layers.
+    others: mergers and routers, whose fields are the defaults and the overrides; what a flag of its own
+    gives (pruning ratio, top-k) is not among them.
+    Raises ValueError for an unknown name or field, a value of the wrong type, or missing layers.
     """
     settings: dict[str, dict[str, Any]] = {}
     for editor in editors:
         row = dict(rows[editor] if editor in rows else hyperparameters().get(model, {}).get(editor, {}))
         row.pop("source", None)
         settings[editor] = row
+    settings |= {name: {} for name in others}
     for override in overrides:
         name, equals, value = override.partition("=")
         editor, dot, field = name.partition(".")
         if not equals or not dot:
             raise ValueError(f"--set {shown(override)} is not of the form EDITOR.FIELD=VALUE")
-        _known("editor", (editor,), EDITORS)
         if editor not in settings:
-            raise ValueError(
-                f"--set {shown(override)}: editor {editor!r} is not in this run: {', '.join(editors)}"
-            )
+            _known("editor, merger or router", (editor,), METHODS)
+            raise ValueError(f"--set {shown(override)}: {editor!r} is not in this run: {', '.join(settings)}")
+        if field in FLAGGED and editor not in EDITORS:
+            raise ValueError(f"--set {shown(override)}: give it with --{field.replace('_', '-')}")
         settings[editor][field] = _parse(value, _field_type(editor, field), f"--set {shown(override)}")
     for editor in editors:
         fields = dataclasses.fields(EDITORS[editor][0])
@@ -377,6 +443,9 @@ def editor_settings(
         settings[editor] = {
             name: _plain(value, types_[name]) for name, value in {**defaults, **settings[editor]}.items()
         }
+    for name in others:
+        defaults = {f.name: f.default for f in dataclasses.fields(METHODS[name]) if f.name not in FLAGGED}
+        settings[name] = {**defaults, **settings[name]}
     return settings
 
 
@@ -389,7 +458,7 @@ def _plain(value: Any, kind: Any) -> Any:
 
 
 def _field_type(editor: str, field: str) -> Any:
-    hints = get_type_hints(EDITORS[editor][0])
+    hints = get_type_hints(METHODS[editor])
     if field not in hints:
         raise ValueError(f"unknown field {shown(field)} of {editor}; known: {', '.join(hints)}")
     return hints[field]

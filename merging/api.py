@@ -1,6 +1,6 @@
 """What a merger is given and what it gives back: mappings of parameter name to tensor, nothing else."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -12,9 +12,13 @@ Weights = Mapping[str, Tensor]  # parameter name -> tensor, in the parameter's s
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """What one edited weight is given at the edited subjects of a batch."""
+    """What one edited weight is given at the edited subjects of a batch, on the model right after it.
 
-    inputs: Tensor  # (edits, d_in), float32 at least
+    Row i is edit i of the batch, the same edit at every weight.
+    """
+
+    inputs: Tensor  # K, (edits, d_in), float32 at least
+    solved: Tensor  # C^-1 k in each row, (edits, d_in); C is the uncentered second moment of preserved keys
     transposed: bool  # whether the weight is stored as (d_in, d_out), as GPT-2's are
 
 
@@ -44,17 +48,33 @@ class MergeStream(Protocol):
 class Merger(Protocol):
     """A rule for how much of the batches' changes to keep."""
 
-    needs_keys: ClassVar[bool]  # whether ``Batch.keys`` must be there, and the covariance
+    needs_keys: ClassVar[bool]  # whether ``Batch.keys`` must be there
 
-    def start(self, base: Weights, covariance: Callable[[str], Tensor] | None = None) -> MergeStream:
-        """Begin at the weights before any edit, M_0 = M~_0.
-
-        covariance: parameter name -> (d_in, d_in), the uncentered second moment of the keys it should
-        preserve; only asked for by a merger that needs keys.
-        """
+    def start(self, base: Weights) -> MergeStream:
+        """Begin at the weights before any edit, M_0 = M~_0."""
         ...
 
 
 def full_precision(tensor: Tensor) -> Tensor:
     """The tensor itself, or its float32 copy where it is in half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def finite(name: str, tensor: Tensor, what: str = "delta") -> Tensor:
+    """The tensor itself; raises ValueError, by parameter name, if an entry is not finite."""
+    if tensor.numel() and not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
+        raise ValueError(f"{what} of {name!r} has entries that are not finite; the edit diverged")
+    return tensor
+
+
+def checked_share(name: str, value: float, *, zero: bool = True, one: bool = True) -> None:
+    """Raises ValueError unless a field of a config is a share: in [0, 1], with or without its ends."""
+    if not 0 <= value <= 1 or (value == 0 and not zero) or (value == 1 and not one):
+        bounds = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise ValueError(f"{name} is {value}; it must lie in {bounds}")
+
+
+def checked_scale(name: str, value: float) -> None:
+    """Raises ValueError unless a field of a config is a positive finite number."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value}; it must be positive and finite")

@@ -10,7 +10,7 @@ In the shadow chain tau_t = Delta_t + (M_{t-1} - M~_{t-1}): what one batch lost 
 task vector. In the merged chain tau_t = Delta_t, and what is lost is gone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -23,15 +23,9 @@ Kind = Literal["shadow", "merged"]
 class MergeChain:
     """Merged weights batch after batch; ``edited`` and ``merged`` are M_t and M~_t of the last one."""
 
-    def __init__(
-        self,
-        merger: Merger,
-        base: Weights,
-        kind: Kind = "shadow",
-        covariance: Callable[[str], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, merger: Merger, base: Weights, kind: Kind = "shadow") -> None:
         """base: M_0, parameter name -> weight; only the parameters that the batches change are needed."""
-        self._stream = merger.start(base, covariance)
+        self._stream = merger.start(base)
         self._follows = kind == "merged"
         self.edited, self.merged = dict(base), dict(base)
 

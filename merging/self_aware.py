@@ -6,7 +6,7 @@ whole group, so the kept set is the top-k by magnitude. Selecting by magnitude i
 computed in float32 is not: its rounding leaves thousands of distinct values for millions of entries.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging.api import Batch, Weights, full_precision
+from merging.api import Batch, Weights, checked_scale, checked_share, finite, full_precision
 
 Scope = Literal["layer", "global", "row"]
 
@@ -32,16 +32,14 @@ class SelfAwareConfig:
     scale: float = 1.0  # factor on the kept entries
 
     def __post_init__(self) -> None:
-        if not 0 <= self.pruning_ratio <= 1:
-            raise ValueError(f"pruning_ratio is {self.pruning_ratio}; it must lie in [0, 1]")
+        checked_share("pruning_ratio", self.pruning_ratio)
         if self.scope not in get_args(Scope):
             raise ValueError(f"unknown scope {self.scope!r}; known: {sorted(get_args(Scope))}")
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale is {self.scale}; it must be positive and finite")
+        checked_scale("scale", self.scale)
 
     def kept(self, entries: int) -> int:
         """How many of a group's entries survive, k = round((1 - r) D)."""
-        return round((1 - self.pruning_ratio) * entries)
+        return kept_entries(self.pruning_ratio, entries)
 
 
 class SelfAware:
@@ -57,7 +55,7 @@ class SelfAware:
     def __init__(self, config: SelfAwareConfig) -> None:
         self.config = config
 
-    def start(self, base: Weights, covariance: Callable[[str], Tensor] | None = None) -> "SelfAware":
+    def start(self, base: Weights) -> "SelfAware":
         """The merger itself: it looks at each task vector alone."""
         return self
 
@@ -94,6 +92,11 @@ class SelfAware:
         together = torch.cat([delta[name].flatten() for name in names])
         parts = torch.split(top_magnitude_mask(together, config.kept(sum(sizes))), sizes)
         return {name: part.view(delta[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def kept_entries(pruning_ratio: float, entries: int) -> int:
+    """How many entries a pruning ratio r leaves of D, round((1 - r) D)."""
+    return round((1 - pruning_ratio) * entries)
 
 
 def top_magnitude_mask(tensor: Tensor, keep: int) -> Tensor:
@@ -242,7 +245,4 @@ def _matched(name: str, delta: Tensor, base: Mapping[str, Tensor]) -> Tensor:
     if delta.shape != weight.shape:
         shapes = f"{tuple(delta.shape)}, its weight {tuple(weight.shape)}"
         raise ValueError(f"delta of {name!r} has shape {shapes}")
-    matched = delta.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    if matched.numel() and not all(bool(bound.isfinite()) for bound in torch.aminmax(matched)):
-        raise ValueError(f"delta of {name!r} has entries that are not finite; the edit diverged")
-    return matched
+    return finite(name, delta.to(weight.device, torch.promote_types(weight.dtype, torch.float32)))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from reports.drilldown import cases_link
 from reports.names import UNITS, name_of
-from reports.record import Record, Score
+from reports.record import GRID, Record, Score
 from reports.rows import Row, baseline_of
 
 MISSING = "–"
@@ -104,8 +104,7 @@ def linked(cell: Cell, row: Row, slice_: str, metric: str) -> Cell:
         cell=row.cell,
         slice=slice_,
         metric=metric,
-        pruning_ratio=row.pruning_ratio,
-        top_k=row.top_k,
+        **{name: getattr(row, name) for name in GRID},
     )
     return replace(cell, link=href)
 

@@ -37,7 +37,7 @@ def _costs(run: Run, row: Row) -> dict[str, float | None]:
             edit = _number(_entry(run, weights), "edit_seconds_per_edit")
         else:
             edit = _sum(edit, _number(_timings(run), f"merge {weights}"), run.edits)
-    if row.top_k is not None:
+    if row.is_routed:
         inference = _sum(inference, _number(_timings(run), "route"), _prompts_routed(run))
     memory = _number(own, "peak_memory_bytes")
     return {
@@ -56,7 +56,7 @@ def _prompts_routed(run: Run) -> int:
     """How many prompts the routing stage decided; 0 where the records do not tell."""
     if run.spec.get("generation"):
         return 0  # prompts of texts are routed too and counted nowhere
-    row = next((row for row in rows_of(run) if row.top_k is not None and _routes(row)), None)
+    row = next((row for row in rows_of(run) if row.is_routed and _routes(row)), None)
     return sum(score.n for score in _routes(row)) if row is not None else 0
 
 
@@ -73,11 +73,9 @@ def _routes(row: Row) -> Sequence[Score]:
 
 def _weights(run: Run, row: Row) -> str:
     """The name of the weights that a row reads, as `run.json` has it."""
-    if row.pruning_ratio is None:
+    if not row.is_merged:
         return row.editor
-    ratios = run.spec.get("pruning_ratio")
-    first = not isinstance(ratios, list) or not ratios or row.pruning_ratio == ratios[0]
-    return f"{row.editor}+MM" if first else f"{row.editor}+MM@{row.pruning_ratio:g}"
+    return run.weights_name(row.editor, row.merger, row.pruning_ratio)
 
 
 def _timings(run: Run) -> dict[str, Any]:

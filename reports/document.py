@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from reports.cells import Table
 from reports.drilldown import drilldown_html
-from reports.figures import MISSING_NOTE, available, figures_of
+from reports.figures import MISSING_NOTE, Figure, available, figures_of, reliability_figure, trade_off_figure
 from reports.load import Run
 from reports.notes import describe, text_of, warnings_of
 from reports.paper import layouts
+from reports.probes import (
+    Calibration,
+    calibration,
+    calibration_table,
+    confusion_table,
+    probe_tables,
+    probes_by_router,
+    trade_offs,
+)
 from reports.seeds import Pool, pools_of
 from reports.tables import Report, run_tables
 from reports.verdicts import summary_table, verdict_table, verdicts
@@ -54,13 +64,35 @@ def build_reports(
                 title=run.name,
                 facts=tuple(describe(run)),
                 warnings=tuple(warnings_of(run)),
-                tables=run_tables(run, alone.rows, digits=digits),
-                figures=figures_of(run) if drawn else (),
+                tables=(*run_tables(run, alone.rows, digits=digits), *_probe_tables(alone, run, digits)),
+                figures=(*figures_of(run), *_probe_figures(run)) if drawn else (),
                 folder=folder,
                 cases=pages.pop(run.records[0].run_id, ""),
             )
         )
     return parts
+
+
+def _probe_tables(pool: Pool, run: Run, digits: int) -> list[Table]:
+    """What the routers did with probes, and how sure they were."""
+    found = probes_by_router(run)
+    confusions = [confusion_table(rows, name=name, digits=digits) for name, rows in found.items()]
+    tables = [*probe_tables(pool.rows, digits=digits), *(table for table in confusions if table is not None)]
+    scored = _calibrations(found)
+    return [*tables, calibration_table(scored)] if scored else tables
+
+
+def _probe_figures(run: Run) -> list[Figure]:
+    found = probes_by_router(run)
+    scored = _calibrations(found)
+    figures = [reliability_figure(scored)] if scored else []
+    trades = trade_offs(found)
+    return [*figures, trade_off_figure(trades)] if trades else figures
+
+
+def _calibrations(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Calibration]:
+    measured = {name: calibration(rows) for name, rows in found.items()}
+    return {name: one for name, one in measured.items() if one is not None}
 
 
 def _paper_tables(pools: Sequence[Pool], *, paper: bool, digits: int) -> list[Table]:

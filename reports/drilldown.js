@@ -2,7 +2,7 @@
 
 const KINDS = { efficacy: "rewrite", generalization: "paraphrase", locality: "neighborhood" };
 const UNITS = { gold_margin: " nats", fluency: " bits", consistency: "" }; // of what is no share
-const SETTING = ["editor", "cell", "slice", "pruning_ratio", "top_k"]; // names a record
+const SETTING = ["editor", "cell", "slice", "merger", "pruning_ratio", "router", "top_k"]; // names a record
 const TEXT_FIELDS = ["prompt", "text"]; // kept as positions among the texts
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -29,7 +29,8 @@ function partsOf(metric, slice) {
     return [{ kind: KINDS[name], count }];
   }
   if (name.startsWith("route_")) {
-    const kind = isTask(slice) ? slice : name.slice("route_".length);
+    const own = name.slice("route_".length);
+    const kind = isTask(slice) ? slice : slice === "probes" ? `probe:${own}` : own;
     return [{ kind, count: ({ route }) => Number(route === "edited") }];
   }
   if (isTask(slice)) {
@@ -87,9 +88,9 @@ function contributions(data, ask) {
     const unedited = new Map(rowsOf(data, "unedited", kind, slice).map((row) => [key(row), row]));
     for (const row of rowsOf(data, record.weights, kind, slice)) {
       const before = unedited.get(key(row));
-      const route = record.top_k === null ? undefined : (row.routes?.[record.top_k] ?? row.route);
+      const route = record.route === null ? undefined : (row.routes?.[record.route] ?? row.route);
       const prompt = { row, before, route, shown: route === "unedited" ? (before ?? {}) : row };
-      if (before) prompt.counts = count?.(prompt);
+      if (before || slice === "probes") prompt.counts = count?.(prompt);
       const name = isTask(row.kind) ? key(row) : row.case_id;
       if (!groups.has(name)) groups.set(name, { first: row, prompts: [], counts: parts.map(() => []) });
       groups.get(name).prompts.push(prompt);
@@ -230,7 +231,7 @@ function head() {
     ? `Answered by ${record.weights}, edits applied: ${records[0].first.edits_applied}`
     : `The run's cases have no rows of ${record.weights} here`;
   dialog.querySelector(".by").textContent =
-    by + (record.top_k === null ? "." : "; where the route says unedited, by the unedited model.");
+    by + (record.route === null ? "." : "; where the route says unedited, by the unedited model.");
 }
 
 async function unpack() {
@@ -254,8 +255,9 @@ async function open() {
   const hash = location.hash;
   const ask = asked();
   if (!ask) return dialog.close();
-  const [editor, cell, ratio, k] = ["editor", "cell", "pruning_ratio", "top_k"].map((name) => ask.get(name));
-  const names = [editor !== "none" && editor, cell, ratio && `r=${ratio}`, k && `k=${k}`].filter(Boolean);
+  const [editor, cell, merger, ratio, router, k] = SETTING.filter((n) => n !== "slice").map((n) => ask.get(n));
+  const setting = [merger, ratio && `r=${ratio}`, router, k && `k=${k}`];
+  const names = [editor !== "none" && editor, cell, ...setting].filter(Boolean);
   dialog.querySelector("h2").textContent = `${names.join(" ")}, ${ask.get("slice")}: ${ask.get("metric")}`;
   const others = twins().length > 1 ? "; another run on this page has the same id" : "";
   dialog.querySelector(".from").textContent = `Run ${section.dataset.name}${others}`;

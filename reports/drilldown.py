@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from reports.load import Run
-from reports.record import Record
+from reports.record import GRID, Record
 
 CASES_FILE = "cases.jsonl.gz"
 TEXT_FIELDS = ("prompt", "text")  # kept as positions among the texts
@@ -72,12 +72,11 @@ def cases_link(
     cell: str,
     slice: str,
     metric: str,
-    pruning_ratio: float | None = None,
-    top_k: int | None = None,
+    **setting: Any,
 ) -> str:
-    """The address, inside the page, of the cases behind one score."""
+    """The address, inside the page, of the cases behind one score; setting: of ``GRID``."""
     ask = {"run_id": run_id, "editor": editor, "cell": cell, "slice": slice, "metric": metric}
-    ask |= {name: value for name, value in _setting(pruning_ratio, top_k).items() if value is not None}
+    ask |= {name: value for name, value in _setting(setting).items() if value is not None}
     return f"#cases?{urlencode(ask)}"
 
 
@@ -196,33 +195,35 @@ def _scores(run: Run) -> Iterator[dict[str, Any]]:
     """The final scores of every slice, with the setting as links name it and the weights that answered."""
     final: dict[tuple[object, ...], Record] = {}
     for record in run.records:
-        key = (record.editor, record.cell, record.pruning_ratio, record.top_k, record.slice)
+        own = {name: getattr(record, name) for name in GRID}
+        key = (record.editor, record.cell, *own.values(), record.slice)
         if record.error is None and (key not in final or final[key].edits_applied <= record.edits_applied):
             final[key] = record
-    first_ratio, first_k = (_first(run, name) for name in ("pruning_ratio", "top_k"))
+    first = next((record for record in final.values() if "R" in record.cell), None)
     for record in final.values():
         weights = "unedited" if record.cell == "unedited" else record.editor
-        if record.pruning_ratio is not None:
-            weights += "+MM" if record.pruning_ratio == first_ratio else f"+MM@{record.pruning_ratio:g}"
+        if "MM" in record.cell:
+            weights = run.weights_name(record.editor, record.merger, record.pruning_ratio)
+        if record.slice == "probes":  # which no weights answer
+            weights = "probes"
+        routed = "R" in record.cell
+        leads = routed and first is not None and (record.router, record.top_k) == (first.router, first.top_k)
         yield {
             "editor": record.editor,
             "cell": record.cell,
             "slice": record.slice,
-            **_setting(record.pruning_ratio, record.top_k),
+            **_setting({name: getattr(record, name) for name in GRID}),
             "weights": weights,
-            "has_route_score": record.top_k is not None and record.top_k == first_k,
+            "route": run.route_name(record.router, record.top_k) if routed else None,
+            "has_route_score": leads,
             "scores": {score.metric: [float(f"{score.value:.8g}"), score.n] for score in record.scores},
         }
 
 
-def _first(run: Run, name: str) -> object:
-    """The first of a setting's values, whose weights and route scores have plain names."""
-    values = run.spec.get(name)
-    if isinstance(values, list) and values:
-        return values[0]
-    return next((value for r in run.records if (value := getattr(r, name)) is not None), None)
-
-
-def _setting(pruning_ratio: float | None, top_k: int | None) -> dict[str, str | None]:
-    ratio = None if pruning_ratio is None else f"{pruning_ratio:g}"
-    return {"pruning_ratio": ratio, "top_k": None if top_k is None else str(top_k)}
+def _setting(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """A cell's setting as links name it."""
+    told = {name: values.get(name) for name in GRID}
+    return {
+        name: None if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in told.items()
+    }

@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 from reports.cells import FAILED, MISSING, NOT_APPLICABLE, without_scores
 from reports.load import Run
 from reports.names import COUNTERFACT_COLUMNS, KNOWEDIT_COLUMNS, OPTIONAL_COLUMNS, TASK_NAMES, name_of
-from reports.record import Record, Score
+from reports.probes import KINDS, Calibration, TradeOff
+from reports.record import GRID, Record, Score
 from reports.rows import Row, metrics_of, rows_of
 
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
+
 
 MISSING_NOTE = "Figures are left out: matplotlib is not installed (python -m pip install -e '.[figures]')."
 
@@ -233,12 +235,12 @@ def _content(run: Run) -> Content:
 
 
 def _first_settings(run: Run, rows: Sequence[Row], editor: str) -> tuple[Row, ...]:
-    """One row of each cell of an editor: of the first pruning ratio and the first top-k."""
+    """One row of each cell of an editor: of the first merger, pruning ratio, router and top-k."""
 
     def rank(row: Row) -> list[int]:
         places = []
-        for name, value in (("pruning_ratio", row.pruning_ratio), ("top_k", row.top_k)):
-            known = run.spec.get(name)
+        for name in GRID:
+            value, known = getattr(row, name), run.spec.get(name)
             places.append(known.index(value) if isinstance(known, list) and value in known else 0)
         return places
 
@@ -334,7 +336,8 @@ def _setting(content: Content, rows: Iterable[Row]) -> str:
     batches = f" in {content.batches} batches" if content.batches > 1 else ""
     parts = [f"Model {first.model}", f"dataset {first.dataset}", f"{edits:,} edits{batches}"]
     shown = list(rows)
-    for field, name in (("pruning_ratio", "pruning ratio"), ("top_k", "top-k"), ("encoder", "encoder")):
+    for field in (*GRID, "encoder"):
+        name = {"pruning_ratio": "pruning ratio", "top_k": "top-k"}.get(field, field)
         values = dict.fromkeys(value for row in shown if (value := getattr(row, field)) is not None)
         if values:
             parts.append(f"{name} {' or '.join(map(str, values))}")
@@ -453,7 +456,7 @@ def _ratios(content: Content, editor: str) -> Iterator[Figure]:
     first = merged[-1]  # +MM+R where there is one
 
     def setting(row: Row) -> tuple[object, ...]:
-        return row.editor, row.cell, row.top_k, row.encoder, row.chain
+        return row.editor, row.cell, row.merger, row.router, row.top_k, row.encoder, row.chain
 
     rows = [row for row in content.rows if setting(row) == setting(first)]
     if len(rows) < 2 or not _scores(rows, [content.metric], "batch:"):
@@ -855,6 +858,100 @@ def _legible(background: Sequence[float]) -> str:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
+
+
+def reliability_figure(calibrations: Mapping[str, Calibration]) -> Figure:
+    """Where probes should go against what the routers' scores say, a line per router by name.
+
+    Raises ValueError where there is no router.
+    """
+    if not calibrations:
+        raise ValueError("no router has scores of probes; give at least one")
+    errors = "; ".join(f"{name} {found.error:.3f}" for name, found in calibrations.items())
+    counts = sorted({found.count for found in calibrations.values()})
+    return Figure(
+        name="reliability",
+        title="Reliability of the routers' scores",
+        caption=_sentences(
+            "Share of probes that should go to the edited model against the probability that the score says, "
+            "in bins of equal width; on the dashed line both agree, below it the edited model is chosen "
+            "more surely than it should be.",
+            "Below: share of the probes in each bin.",
+            f"Expected calibration error: {errors}.",
+            f"{' to '.join(f'{count:,}' for count in counts[:: max(len(counts) - 1, 1)])} probes.",
+        ),
+        draw=partial(_draw_reliability, calibrations),
+    )
+
+
+def _draw_reliability(calibrations: Mapping[str, Calibration]) -> matplotlib.figure.Figure:
+    """Curves above, histograms below, on one scale of probabilities."""
+    from matplotlib.figure import Figure as Canvas
+
+    with _settings():
+        figure = Canvas(figsize=(COLUMN, 3.6), layout="constrained")
+        curves, counts = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1)})
+        curves.plot((0, 1), (0, 1), color="0.5", linestyle="--", linewidth=0.8, zorder=1)
+        for (name, found), (colour, marker) in zip(calibrations.items(), cycle(RATIO_STYLES), strict=False):
+            x = [one.predicted for one in found.bins]
+            look: dict[str, Any] = {"color": colour, "marker": marker, "label": name, "clip_on": False}
+            curves.plot(x, [one.observed for one in found.bins], zorder=3, **look)
+            shares = [100 * one.count / found.count for one in found.bins]
+            counts.vlines(x, 0, shares, color=colour, linewidth=1.2, zorder=2)
+            counts.plot(x, shares, linestyle="none", zorder=3, **look)
+        curves.set(xlim=(0, 1), ylim=(0, 1), ylabel="Should go to edited")
+        ticks = {0: "0", 0.25: "0.25", 0.5: "0.5", 0.75: "0.75", 1: "1"}
+        curves.set_xticks(list(ticks), list(ticks.values()))
+        curves.set_yticks(list(ticks), list(ticks.values()))
+        counts.set(ylim=(0, 100), yticks=(0, 50, 100), ylabel="Probes (%)")
+        counts.set_xlabel("Probability of the edited model by the score")
+        keys, labels = curves.get_legend_handles_labels()
+        widest = 0.4 + 0.07 * max(map(len, labels))  # inches, about
+        columns = max(min(len(labels), int(COLUMN // widest)), 1)
+        figure.legend(keys, labels, loc="outside upper center", ncols=columns)
+    return figure
+
+
+def trade_off_figure(found: Mapping[tuple[str, str], Mapping[str, TradeOff]]) -> Figure:
+    """What routers lose of one kind of probes to keep another, a panel a pair of kinds.
+
+    found: (kind that should stay, kind that should go) -> router by name -> what it can do.
+    Raises ValueError where there is no router.
+    """
+    if not any(found.values()):
+        raise ValueError("no router has scores of the kinds; give at least one")
+    return Figure(
+        name="trade-offs",
+        title="What routers lose to keep more",
+        caption="Share of the probes of a kind that should go to the edited model and do, against that of a "
+        "kind that should not and does, as the threshold on the router's score falls. Markers: where the "
+        "router itself stands. The upper left corner is right.",
+        draw=partial(_draw_trade_offs, found),
+    )
+
+
+def _draw_trade_offs(found: Mapping[tuple[str, str], Mapping[str, TradeOff]]) -> matplotlib.figure.Figure:
+    from matplotlib.figure import Figure as Canvas
+
+    with _settings():
+        figure = Canvas(figsize=(2 * COLUMN, 3.0), layout="constrained")
+        panels = figure.subplots(1, len(found), squeeze=False)[0]
+        names = list(dict.fromkeys(name for routers in found.values() for name in routers))
+        styles = dict(zip(names, cycle(RATIO_STYLES), strict=False))
+        for axes, ((stay, go), routers) in zip(panels, found.items(), strict=True):
+            for name, trade in routers.items():
+                colour, marker = styles[name]
+                x, y = ([100 * point[i] for point in trade.points] for i in (0, 1))
+                axes.plot(x, y, color=colour, drawstyle="steps-post", zorder=2)
+                at = [[100 * part] for part in trade.chosen]
+                axes.plot(*at, color=colour, marker=marker, label=name, clip_on=False, zorder=3)
+            axes.set(xlim=(0, 100), ylim=(0, 100))
+            axes.set_xlabel(f"{KINDS[stay].title} sent to edited (%)")
+            axes.set_ylabel(f"{KINDS[go].title} sent to edited (%)")
+        known = [axes.get_legend_handles_labels() for axes in panels]
+        keys = {label: key for pair in known for key, label in zip(*pair, strict=True)}
+        figure.legend(list(keys.values()), list(keys), loc="outside upper center", ncols=min(len(keys), 6))
+    return figure
 
 
 # Files

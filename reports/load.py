@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonlines
 
+from reports.names import route_name, weights_name
 from reports.record import Record
 
 RUN_FILE = "run.json"
@@ -47,6 +48,20 @@ class Run:
         if isinstance(batch_size, int) and isinstance(batches, int):
             return batch_size * batches
         return max(record.edits_applied for record in self.records)
+
+    def weights_name(self, editor: str, merger: str | None, ratio: float | None) -> str:
+        """Name of merged weights in the run's cases."""
+        mergers, ratios = self._values("merger"), self._values("pruning_ratio")
+        return weights_name(editor, merger, ratio, mergers or [merger], ratios or [ratio])
+
+    def route_name(self, router: str | None, top_k: int | None) -> str:
+        """Name of a route in the run's cases."""
+        return route_name(router, top_k, self._values("router") or [router])
+
+    def _values(self, name: str) -> list[Any]:
+        """A field of the spec that holds several values, or held one in older versions; else nothing."""
+        value = self.spec.get(name)
+        return value if isinstance(value, list) else [] if value is None else [value]
 
     def _part(self, name: str) -> dict[str, Any]:
         part = self.info.get(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EDITOR_NAMES = {
     "none": "",
     "ft": "FT",
@@ -18,6 +20,9 @@ EDITOR_NAMES = {
     "alphaedit+blue": "AlphaEdit-BLUE",
     "ultraedit": "UltraEdit",
 }
+
+PAPER_MERGER, PAPER_ROUTER = "self-aware", "topk"
+"""What the paper's cells are made with, and those of versions that knew no other."""
 
 COUNTERFACT_COLUMNS = {
     "score": "Score",
@@ -89,3 +94,30 @@ UNITS = {
 def name_of(editor: str) -> str:
     """An editor's name; empty for the unedited model."""
     return EDITOR_NAMES.get(editor, editor)
+
+
+def weights_name(
+    editor: str,
+    merger: str | None,
+    ratio: float | None,
+    mergers: Sequence[str | None],
+    ratios: Sequence[float | None],
+) -> str:
+    """Name of merged weights in a run's cases: EDITOR+MM, and behind it what is not the first of the run.
+
+    merger: None in records of versions that knew one alone. mergers, ratios: of the run, in its order.
+    """
+    name = f"{editor}+MM"
+    if merger is not None and merger not in mergers[:1]:
+        name += f"@{merger}"
+    return name if ratio is None or ratio in ratios[:1] else f"{name}@{ratio:g}"
+
+
+def route_name(router: str | None, top_k: int | None, routers: Sequence[str | None]) -> str:
+    """Name of a route in a run's cases: K of the first router, ROUTER or ROUTER@K of the others.
+
+    router: None in records of versions that knew one alone. routers: of the run, in its order.
+    """
+    if router is None or (router in routers[:1] and top_k is not None):
+        return str(top_k)
+    return router if top_k is None else f"{router}@{top_k}"

@@ -23,12 +23,12 @@ def describe(run: Run) -> list[tuple[str, str]]:
         "Edits": f"{edits:,} ({batches} batches of {size})" if size and batches else f"{edits:,}",
         "Seed": text_of(first.seed),
         "Merging": _listed(
-            spec.get("merger"),
+            _named(spec.get("merger")),
             _labelled("pruning ratio", spec.get("pruning_ratio")),
             _labelled("chain", spec.get("chain")),
         ),
         "Router": _listed(
-            spec.get("router"),
+            _named(spec.get("router")),
             _labelled("top-k", spec.get("top_k")),
             _labelled("encoder", spec.get("encoder")),
             _labelled("negatives", spec.get("negatives")),
@@ -101,6 +101,10 @@ def text_of(value: object) -> str:
     if value is None or value == "":
         return MISSING
     return " and ".join(map(text_of, value)) if isinstance(value, list) else str(value)
+
+
+def _named(value: object) -> str | None:
+    return None if text_of(value) == MISSING else text_of(value)
 
 
 def _labelled(name: str, value: object) -> str | None:

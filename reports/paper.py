@@ -26,6 +26,7 @@ from reports.names import (
     COST_COLUMNS,
     KNOWEDIT_ROUTING_COLUMNS,
     OPTIONAL_COLUMNS,
+    PAPER_ROUTER,
     UNRELATED_ROUTES,
     name_of,
 )
@@ -184,18 +185,21 @@ def _routing(pools: Sequence[Pool], digits: int) -> Iterator[Layout]:
         columns = KNOWEDIT_ROUTING_COLUMNS if _is_knowedit(members) else ROUTING_COLUMNS
         found = sorted(
             routing_lines(rows, columns, digits, kept=UNRELATED_ROUTES),
-            key=lambda line: (line[0] or "", line[1] or 0),
+            key=lambda line: (line[0][1] or "", line[0][0], line[0][2] or 0),
         )
         if not found:
             continue
-        encoders = list(dict.fromkeys(text_of(encoder) for encoder, *_ in found))
-        alike = all(names == "all" for _, _, names, _ in found)
-        headers = ["Encoder", "Top-k", "Cells", *columns.values()]
+        settings = [setting for setting, *_ in found]
+        routers, encoders = (list(dict.fromkeys(text_of(setting[i]) for setting in settings)) for i in (0, 1))
+        alike = all(names == "all" for _, names, _ in found)
+        headers = ["Router", "Encoder", "Top-k", "Cells", *columns.values()]
         lines = [
-            [Cell(text=text_of(encoder)), Cell(text=text_of(top_k)), Cell(text=names), *shares]
-            for encoder, top_k, names, shares in found
+            [*(Cell(text=text_of(value)) for value in setting), Cell(text=names), *shares]
+            for setting, names, shares in found
         ]
-        left_out = {name for name, out in (("Encoder", len(encoders) < 2), ("Cells", alike)) if out}
+        ours = routers == [PAPER_ROUTER]
+        same = (("Router", ours), ("Encoder", len(encoders) < 2), ("Cells", alike))
+        left_out = {name for name, out in same if out}
         shown = [i for i, header in enumerate(headers) if header not in left_out]
         last = list(columns.values())[-1].lower().removesuffix(" prompt")
         table = Table(
@@ -223,7 +227,7 @@ def _costs(pools: Sequence[Pool]) -> Iterator[Layout]:
             if record is None or record.error is not None:
                 rows.append((Cell(text=line.method), *[without_scores(record)] * len(COST_COLUMNS)))
                 continue
-            merged, routed = merged or "MM" in line.row.cell, routed or line.row.top_k is not None
+            merged, routed = merged or line.row.is_merged, routed or line.row.is_routed
             cells = (value_cell(scores.get(name), 1) for name in COST_COLUMNS)
             rows.append((Cell(text=line.method), *cells))
         if not any(cell.text[:1].isdigit() for _, *cells in rows for cell in cells):
@@ -301,7 +305,7 @@ def _agree(row: Row, other: Row) -> bool:
 
 
 def _leading(pool: Pool) -> tuple[Row, ...]:
-    """The rows with the first pruning ratio and the first top-k of the spec."""
+    """The rows with the first merger, pruning ratio, router and top-k of the spec."""
     rows = [row for row in pool.rows if all(getattr(row, n) in (None, v) for n, v in pool.leading.items())]
     return tuple(replace(row, label=label) for row, label in zip(rows, labels_of(rows), strict=True))
 
@@ -405,7 +409,7 @@ def _numbered(numbers: Sequence[int]) -> str:
 
 
 def _setting_notes(pools: Sequence[Pool]) -> list[str]:
-    """Which of several pruning ratios and top-k stand in a table."""
+    """Which of several mergers, pruning ratios, routers and top-k stand in a table."""
     notes = []
     for pool in pools:
         several = [f"{name.replace('_', ' ')} {pool.leading[name]}" for name in pool.several]

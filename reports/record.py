@@ -13,6 +13,9 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 
+GRID = ("merger", "pruning_ratio", "router", "top_k")
+"""What tells cells of one name apart: of each a run may have several values, its spec lists them."""
+
 CELLS = ("baseline", "+MM", "+R", "+MM+R")
 """The cells of an editor, in the order in which tables show them."""
 
@@ -62,22 +65,24 @@ class Record:
     editor: str  # "none" for the unedited model
     cell: str  # "unedited", "baseline", "+MM", "+R", "+MM+R"
     chain: str | None
-    pruning_ratio: float | None
-    top_k: int | None
+    pruning_ratio: float | None  # of a merger that has one
+    top_k: int | None  # of a router that has one
     encoder: str | None
     seed: int | None
     edits_applied: int  # edits in the weights when scored
-    slice: str  # "overall", "batch:K" (K from 1), "task:NAME"
+    slice: str  # "overall", "batch:K" (K from 1), "task:NAME", "probes" (of the router)
     spec: Mapping[str, Any] | str  # or the digest of run.json's
     provenance: Mapping[str, Any] | str  # likewise
     scores: tuple[Score, ...]
     seconds: float
     error: str | None = None
+    merger: str | None = None  # of merged cells; None in records of versions that knew one alone
+    router: str | None = None  # of routed cells; likewise
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What tells this record from the others of a run folder; equal ones replace each other."""
-        setting = (self.pruning_ratio, self.top_k, self.encoder, self.chain)
+        setting = (self.merger, self.pruning_ratio, self.router, self.top_k, self.encoder, self.chain)
         return (self.run_id, self.editor, self.cell, *setting, self.slice, self.edits_applied)
 
     def score(self, metric: str) -> Score | None:

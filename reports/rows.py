@@ -9,7 +9,10 @@ from typing import Any
 from reports.load import Run
 from reports.record import CELLS, Record
 
-SETTINGS = {"pruning_ratio": "r", "top_k": "k", "encoder": "encoder", "chain": "chain"}
+SETTINGS = {
+    "merger": "merger", "pruning_ratio": "r", "router": "router", "top_k": "k", "encoder": "encoder",
+    "chain": "chain",
+}  # fmt: skip
 """Field that tells rows of one cell apart -> its name in a label."""
 
 
@@ -19,7 +22,9 @@ class Row:
 
     editor: str
     cell: str
+    merger: str | None = None
     pruning_ratio: float | None = None
+    router: str | None = None
     top_k: int | None = None
     encoder: str | None = None
     chain: str | None = None
@@ -30,6 +35,14 @@ class Row:
     @property
     def is_unedited(self) -> bool:
         return self.cell == "unedited"
+
+    @property
+    def is_merged(self) -> bool:
+        return "MM" in self.cell
+
+    @property
+    def is_routed(self) -> bool:
+        return "R" in self.cell
 
     def at(self, slice_: str) -> Record | None:
         """The final record of a slice: its error if that came last, else the scores after most edits.

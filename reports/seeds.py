@@ -11,11 +11,8 @@ from typing import Any
 
 from reports.load import Run
 from reports.names import name_of
-from reports.record import Record, Score
+from reports.record import GRID, Record, Score
 from reports.rows import SETTINGS, Row, labels_of, rows_of
-
-GRID = ("pruning_ratio", "top_k")
-"""Fields of a spec that hold several values where one run shows several settings."""
 
 SCOPE = (
     *GRID, "editors", "cells", "settings", "evaluate", "capability", "capability_digest", "generation",
@@ -69,19 +66,20 @@ class Pool:
 
     @property
     def leading(self) -> dict[str, Any]:
-        """The first of the spec's pruning ratios and of its top-k, by field."""
+        """The first of the spec's mergers, pruning ratios, routers and top-k, by field."""
         return {name: values[0] for name in GRID if (values := self._listed(name))}
 
     @property
     def several(self) -> list[str]:
-        """Those of the two fields of which the spec has several values."""
+        """Those of these fields of which the spec has several values."""
         return [name for name in GRID if len(self._listed(name)) > 1]
 
     def experiment(self, editor: str) -> str:
         """All that an editor's figures depend on; equal where two runs measured the same thing."""
         spec = {name: value for name, value in self.runs[0].spec.items() if name not in SCOPE}
         settings = self.runs[0].spec.get("settings")
-        own = settings.get(editor) if isinstance(settings, dict) else None
+        names = (editor, *self._listed("merger"), *self._listed("router"))
+        own = {name: settings.get(name) for name in names} if isinstance(settings, dict) else None
         return json.dumps([self.setting, spec, self.leading, own], sort_keys=True)
 
     def _listed(self, name: str) -> list[Any]:

@@ -33,6 +33,7 @@ from reports.names import (
     KNOWEDIT_ROUTING_COLUMNS,
     KNOWEDIT_VIEWS,
     OPTIONAL_COLUMNS,
+    PAPER_ROUTER,
     ROUTING_COLUMNS,
     TASK_METRICS,
     TASK_NAMES,
@@ -280,16 +281,20 @@ def modules_table(editor: str, rows: Sequence[Row], *, digits: int = 1) -> Table
 def routing_tables(rows: Sequence[Row], *, digits: int = 1) -> list[Table]:
     """The share of prompts sent to the edited model, per encoder and top-k; cells that agree share a row."""
     columns = KNOWEDIT_ROUTING_COLUMNS if "rewrite_acc" in metrics_of(rows) else ROUTING_COLUMNS
-    lines = [
-        (Cell(text=text_of(encoder)), Cell(text=text_of(top_k)), Cell(text=names), *cells)
-        for encoder, top_k, names, cells in routing_lines(rows, columns, digits)
-    ]
-    if not lines:
+    found = list(routing_lines(rows, columns, digits))
+    if not found:
         return []
+    first = int(
+        all(router == PAPER_ROUTER for (router, *_), *_ in found)
+    )  # not named where it is the only one
+    lines = [
+        (*(Cell(text=text_of(value)) for value in setting[first:]), Cell(text=names), *cells)
+        for setting, names, cells in found
+    ]
     return [
         Table(
             title="Prompts that the router sends to the edited model, in percent",
-            headers=("Encoder", "Top-k", "Cells", *columns.values()),
+            headers=(*("Router", "Encoder", "Top-k")[first:], "Cells", *columns.values()),
             rows=tuple(lines),
             notes=reading_notes(lines),
         )
@@ -298,8 +303,8 @@ def routing_tables(rows: Sequence[Row], *, digits: int = 1) -> list[Table]:
 
 def routing_lines(
     rows: Sequence[Row], columns: Iterable[str], digits: int, *, kept: Sequence[str] = ()
-) -> Iterator[tuple[str | None, int | None, str, tuple[Cell, ...]]]:
-    """(encoder, top-k, names of the cells that agree, their shares).
+) -> Iterator[tuple[tuple[str, str | None, int | None], str, tuple[Cell, ...]]]:
+    """(router, encoder and top-k, names of the cells that agree, their shares).
 
     kept: columns that are the share not sent to the edited model.
     """
@@ -312,11 +317,12 @@ def routing_lines(
         scores |= {name: _complement(scores[name]) for name in kept if name in scores}
         cells = [value_cell(score, digits) for score in scores.values()]
         links = tuple(linked(cell, row, "overall", name) for cell, name in zip(cells, scores, strict=True))
-        found.setdefault((row.encoder, row.top_k, *cells), []).append((row, links))
-    for (encoder, top_k, *_), members in found.items():
-        alone = sum(other[:2] == (encoder, top_k) for other in found) == 1
+        setting = (row.router or PAPER_ROUTER, row.encoder, row.top_k)  # older versions knew one router
+        found.setdefault((setting, *cells), []).append((row, links))
+    for (setting, *_), members in found.items():
+        alone = sum(other[0] == setting for other in found) == 1
         names = "all" if alone else ", ".join(f"{name_of(row.editor)} {row.cell}" for row, _ in members)
-        yield encoder, top_k, names, members[0][1]
+        yield setting, names, members[0][1]
 
 
 def _complement(score: Score | None) -> Score | None:

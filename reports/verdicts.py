@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from reports.cells import Cell, Table, is_not_applicable, linked
 from reports.costs import cost_scores
 from reports.load import Run
-from reports.names import UNRELATED_ROUTES, name_of
+from reports.names import PAPER_MERGER, PAPER_ROUTER, UNRELATED_ROUTES, name_of
 from reports.notes import text_of
 from reports.published import (
     Printed,
@@ -187,20 +187,29 @@ def _tried(printed: Printed, pool: Pool) -> Iterator[Verdict]:
 
 def _is_row(printed: Printed, row: Row) -> bool:
     if printed.table == 6:
-        return row.top_k is not None
+        return row.is_routed
     return row.editor in printed.editors and row.cell == printed.cell
 
 
 def _has_setting(printed: Printed, row: Row) -> bool:
     return all(
         theirs is None or ours is None or theirs == ours
-        for theirs, ours in ((printed.pruning_ratio, row.pruning_ratio), (printed.top_k, row.top_k))
+        for theirs, ours in (
+            (PAPER_MERGER, row.merger),
+            (printed.pruning_ratio, row.pruning_ratio),
+            (PAPER_ROUTER, row.router),
+            (printed.top_k, row.top_k),
+        )
     )
 
 
 def _other_setting(printed: Printed, rows: Sequence[Row]) -> str:
     """The settings of rows that are not the figure's; empty where there are no rows."""
     reasons = []
+    for name, theirs in (("merger", PAPER_MERGER), ("router", PAPER_ROUTER)):
+        ours = [value for row in rows if (value := getattr(row, name)) is not None]
+        if ours and theirs not in ours:
+            reasons.append(f"{name} (here {text_of(list(dict.fromkeys(ours)))})")
     for what, name in (("pruning ratio", "pruning_ratio"), ("top-k", "top_k")):
         theirs = getattr(printed, name)
         ours = list(dict.fromkeys(getattr(row, name) for row in rows))
@@ -288,14 +297,14 @@ def _protocol(pool: Pool, compared: Sequence[Verdict]) -> list[str]:
         f"seed{'s' if len(pool.seeds) > 1 else ''} {seeds}",
     ]
     rows = [verdict.row for verdict in compared if verdict.row is not None]
-    if any(row.pruning_ratio is not None for row in rows):
+    if any(row.is_merged for row in rows):
         chains = sorted({row.chain for row in rows if row.chain})
-        parts.append(f"merging {text_of(spec.get('merger'))}, chain {' and '.join(chains) or 'unknown'}")
+        parts.append(f"merging {PAPER_MERGER}, chain {' and '.join(chains) or 'unknown'}")
     encoders = sorted({row.encoder for row in rows if row.encoder})
     if encoders:
         unrelated = provenance.get("negative_ids")
         count = f", unrelated texts from {len(unrelated):,} records" if isinstance(unrelated, list) else ""
-        parts.append(f"router {text_of(spec.get('router'))}, encoder {' and '.join(encoders)}{count}")
+        parts.append(f"router {PAPER_ROUTER}, encoder {' and '.join(encoders)}{count}")
     scored: dict[str, dict[str, list[int]]] = {}
     for verdict in compared:
         if verdict.ours is not None:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEAVES = ("editors", "merging", "routing", "tasks", "reports")
-OURS = {*LEAVES, "harness", "benchmarks", "tests", "scripts"}
+OURS = {*LEAVES, "harness", "benchmarks", "studies", "tests", "scripts"}
 
 
 def imported(path: Path) -> set[str]:
@@ -36,7 +36,7 @@ def test_leaves_import_only_themselves(package: str) -> None:
 
 def test_harness_imports_no_tests_and_no_benchmarks() -> None:
     for path in files("harness"):
-        assert not imported(path) & {"benchmarks", "tests", "scripts"}, path
+        assert not imported(path) & {"benchmarks", "studies", "tests", "scripts"}, path
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,18 @@ from benchmarks.tiny import (
     tiny_tokenizer,
 )
 from editors import EDITORS
+from editors.capture import inputs_of
 from harness import ablation
 from harness.deltas import BatchCheckpoint, delta_path, read_delta
 from harness.folder import STAGES
 from harness.generation import fluency
+from harness.grid import Merge
+from harness.keys import contexts_of, keys_path, read_keys
 from harness.models import load_model, tensors_digest
 from harness.paths import read_lines
+from harness.replay import Replay, edited_parameters
 from harness.scoring import Query, score
+from harness.spec import RunSpec
 from merging import MERGERS
 
 Row = dict[str, Any]
@@ -134,7 +139,9 @@ WRONG: list[tuple[str, list[str], list[str]]] = [  # flag, values ({name}: a fil
     ("batch_size", ["1000"], ["2000 edits asked", "12 usable records"]),
     ("num_batches", ["-1"], ["num_batches is -1"]),
     ("chain", ["shadows"], ["unknown chain 'shadows'", "merged"]),
-    ("merger", ["ties"], ["unknown merger 'ties'", "self-aware"]),
+    ("merger", ["slerp"], ["unknown merger 'slerp'", "self-aware", "refit"]),
+    ("merger", ["shrink", "shrink"], ["merger", "twice"]),
+    ("router", ["subject&"], ["unknown router"]),
     ("pruning_ratio", ["1.5"], ["pruning_ratio is 1.5"]),
     ("pruning_ratio", ["half"], ["--pruning-ratio", "'half'"]),
     ("pruning_ratio", ["0.5", "0.5"], ["pruning_ratio", "twice"]),
@@ -476,8 +483,10 @@ def test_records_have_the_fields_of_the_contract(done: Path) -> None:
         assert record.keys() == {
             "schema_version", "run_id", "model", "dataset", "editor", "cell", "chain", "pruning_ratio",
             "top_k", "encoder", "seed", "edits_applied", "slice", "scores", "seconds", "error", "spec",
-            "provenance",
+            "provenance", "merger", "router",
         }  # fmt: skip
+        assert record["merger"] == ("self-aware" if "MM" in record["cell"] else None)
+        assert record["router"] == ("topk" if record["cell"].endswith("R") else None)
         assert (record["schema_version"], record["run_id"], record["error"]) == (1, run_id, None)
         assert record["edits_applied"] == (0 if record["editor"] == "none" else BATCHES * SIZE)
         assert (
@@ -1418,3 +1427,140 @@ def test_generation_is_refused_where_there_is_nothing_to_generate(
     for flag, value in (("--references", files["texts.jsonl"]), ("--generation-prompts", "2")):
         assert call(*usual(files), flag, value) == 2
         assert "--generation" in capsys.readouterr().err
+
+
+# -- mergers and routers beside the paper's -----------------------------------------------------------------
+
+
+MODULES = [
+    "--merger", "refit", "self-aware", "random", "shrink", "--router", "subject&relation", "topk",
+    "--top-k", "2", "3", "--probes",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def modules(grid: Grid) -> Path:
+    """A finished run with several mergers and routers; not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEQMMR_CACHE", str(grid.folder / "cache"))
+        assert grid.run(grid.folder / "modules", *MODULES, editors=["memit"]) == 0
+    return grid.folder / "modules"
+
+
+MERGED = {  # (merger, ratio) of a record -> name of its weights
+    ("refit", None): "memit+MM",
+    ("self-aware", 0.85): "memit+MM@self-aware",
+    ("random", 0.85): "memit+MM@random",
+    ("shrink", None): "memit+MM@shrink",
+}
+ROUTED = {("subject&relation", None): "subject&relation", ("topk", 2): "topk@2", ("topk", 3): "topk@3"}
+
+
+def test_every_merger_and_router_of_a_run_has_its_cells(modules: Path) -> None:
+    overall = [r for r in records_of(modules) if r["slice"] == "overall"]
+    assert [(r["cell"], r["merger"], r["pruning_ratio"]) for r in overall if r["cell"] == "+MM"] == [
+        ("+MM", *merge) for merge in MERGED
+    ]
+    assert [(r["router"], r["top_k"]) for r in overall if r["cell"] == "+R"] == list(ROUTED)
+    found = rows_by_weights(modules)
+    assert found.keys() == {"unedited", "memit", *MERGED.values(), "probes"}
+    unedited = {(row["case_id"], row["kind"], row["index"]): row for row in found["unedited"]}
+    for record in overall:
+        if record["editor"] == "none":
+            continue
+        weights = "memit" if record["merger"] is None else MERGED[record["merger"], record["pruning_ratio"]]
+        shown: dict[Any, list[Row]] = {}
+        for row in found[weights]:
+            routed = record["router"] and row["routes"][ROUTED[record["router"], record["top_k"]]]
+            key = (row["case_id"], row["kind"], row["index"])
+            shown.setdefault(row["case_id"], []).append(unedited[key] if routed == "unedited" else row)
+        values = {score["metric"]: score["value"] for score in record["scores"]}
+        for metric, value in counterfact_rates(list(shown.values())).items():
+            assert values[metric] == pytest.approx(value, abs=1e-12)
+
+
+def test_probes_are_routed_and_every_share_follows_from_the_cases(modules: Path) -> None:
+    rows = rows_by_weights(modules)["probes"]
+    assert {row["kind"] for row in rows} >= {"probe:rewrite", "probe:neighborhood", "probe:text"}
+    assert {row["routes"]["topk@2"] for row in rows} == {"edited", "unedited"}
+    records = [r for r in records_of(modules) if r["slice"] == "probes"]
+    assert len(records) == len(ROUTED) * (1 + len(MERGED))
+    for record in records:
+        name = ROUTED[record["router"], record["top_k"]]
+        for found in record["scores"]:
+            own = [r for r in rows if r["kind"] == found["metric"].replace("route_", "probe:")]
+            by_case: dict[Any, list[bool]] = {}
+            for row in own:
+                key = row["case_id"] if row["case_id"] is not None else f"no record {row['index']}"
+                by_case.setdefault(key, []).append(row["routes"][name] == "edited")
+            shares = [sum(sent) / len(sent) for sent in by_case.values()]
+            assert (found["value"], found["n"]) == (pytest.approx(sum(shares) / len(shares)), len(own))
+
+
+def test_the_cells_of_a_run_stand_in_its_report(modules: Path) -> None:
+    report = (modules / "report.md").read_text("utf-8")
+    for name in ("merger=refit", "merger=shrink", "router=topk", "subject&relation", "Distracting"):
+        assert name in report, name
+
+
+def test_keys_that_are_missing_are_taken_again_with_the_same_bytes(
+    grid: Grid, modules: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(modules, tmp_path / "run"))
+    kept = {path.name: path.read_bytes() for path in (out / "keys" / "memit").iterdir()}
+    assert len(kept) == BATCHES
+    remove(out, "keys/memit/batch-0002.safetensors", "scores/memit+MM.jsonl.gz")
+    assert grid.run(out, *MODULES, editors=["memit"]) == 0
+    assert {path.name: path.read_bytes() for path in (out / "keys" / "memit").iterdir()} == kept
+    assert_same(out, modules)
+
+
+def test_keys_are_those_of_the_model_that_a_batch_left(grid: Grid, modules: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(grid.model)
+    tokenizer, name = tiny_tokenizer(bos=True), "transformer.h.1.mlp.c_proj.weight"
+    cpu = torch.device("cpu")
+    records = {r["case_id"]: r["requested_rewrite"] for r in read_lines(grid.folder / "records.jsonl")}
+    case_ids = json.loads((modules / "run.json").read_text())["provenance"]["case_ids"]
+    contexts = contexts_of(modules / "state" / "memit.safetensors")
+    for batch in range(1, BATCHES + 1):
+        for parameter, change in read_delta(delta_path(modules, "memit", batch), cpu)[0].items():
+            model.get_parameter(parameter).data += change
+        keys = read_keys(keys_path(modules, "memit", batch), cpu)[name]
+        assert keys.transposed
+        for i, case_id in enumerate(case_ids[(batch - 1) * SIZE : batch * SIZE]):
+            rewrite = records[case_id]
+            wanted = torch.zeros(keys.inputs.shape[1])
+            for template, weight in zip(contexts.templates, contexts.weights, strict=True):
+                prefix = template.replace("{}", rewrite["prompt"].partition("{}")[0] + rewrite["subject"])
+                with inputs_of(model.transformer.h[1].mlp.c_proj) as seen, torch.no_grad():
+                    model(torch.tensor([tokenizer(prefix)["input_ids"]]))
+                wanted += weight * seen[0][0, -1]
+            torch.testing.assert_close(keys.inputs[i], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refitted_model_can_be_exported(modules: Path, tmp_path: Path) -> None:
+    from harness import ledger
+
+    out = tmp_path / "exported"
+    flags = ["--cell", "+MM", "--merger", "refit", "--out", str(out)]
+    assert ledger.main([str(modules), "export", *flags]) == 0
+    spec = RunSpec.from_json(json.loads((modules / "run.json").read_text())["spec"])
+    model = AutoModelForCausalLM.from_pretrained(out)
+    base = AutoModelForCausalLM.from_pretrained(spec.model)
+    names = edited_parameters(spec, base)
+    weights = {name: base.get_parameter(name).detach() for name in names}
+    replay = Replay(folder=modules, spec=spec, base=weights, device=torch.device("cpu"))
+    *_, last = replay.history("memit", Merge(merger="refit"))
+    assert all(torch.equal(model.get_parameter(name), last[name]) for name in names)
+    assert not any(torch.equal(last[name], weights[name]) for name in names)
+
+
+def test_the_merged_chain_takes_keys_before_it_merges(grid: Grid, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--chain", "merged", "--cells", "+MM", "--merger", "refit"]
+    assert grid.run(out, *flags, editors=["memit"]) == 0
+    assert len(list((out / "keys" / "memit+MM").iterdir())) == BATCHES
+    before = contents(out)
+    remove(out, "deltas/memit+MM/batch-0003.safetensors", "scores/memit*", "keys/memit+MM/batch-0003*")
+    assert grid.run(out, *flags, editors=["memit"]) == 0
+    assert contents(out) == before

@@ -641,7 +641,7 @@ def test_all_requests_of_a_record_go_one_way() -> None:
     [
         ({"editor": "rome"}, "no cell rome"),
         ({"cell": "+X"}, "no cell memit, \\+X"),
-        ({"top_k": 7}, "top-k: \\[2, 3\\]"),
+        ({"top_k": 7}, "topk with k 2, topk with k 3"),
         ({"run": "nowhere"}, "'nowhere' cannot be read"),
         ({"edtor": "memit"}, "unknown model argument 'edtor'"),
     ],

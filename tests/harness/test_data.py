@@ -453,3 +453,68 @@ def test_the_real_records_are_read(real_data: str) -> None:
 def test_the_embedded_facts_ignore_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEQMMR_DATA", "/nowhere")
     assert len(load_dataset("facts").cases) > 1000
+
+
+# -- prompts that only routers are asked --------------------------------------------------------------------
+
+
+def test_optional_fields_become_prompts_for_routers() -> None:
+    more = {
+        "aliases": ["Mademoiselle D.", "Danielle"],
+        "hops": [{"prompt": "The king of the country whose language she speaks is", "answer_new": "a"}],
+        "same_subject": [{"prompt": "Danielle Darrieux was born in", "answer": "b"}],
+        "portability": {"New Question": "Who else speaks it?", "New Answer": "c"},
+        "unrelated_relation": {"relation_id": "mother", "question": "Who is her mother?", "object": "d"},
+        "alternative_subject": "Darrieux",
+    }
+    case = to_case(record() | more, 1)
+    assert case.aliases == (
+        "Mademoiselle D.",
+        "Danielle",
+    )  # the alternative subject is not given with the edit
+    assert case.route_prompts == {
+        "alias": tuple(
+            f"The mother tongue of {name} is" for name in ("Mademoiselle D.", "Danielle", "Darrieux")
+        ),
+        "hop": ("The king of the country whose language she speaks is", "Who else speaks it?"),
+        "same_subject": ("Danielle Darrieux was born in", "Who is her mother?"),
+    }
+    assert case.prompts == to_case(record(), 1).prompts
+    none = to_case(record() | dict.fromkeys(more), 1)
+    assert none == to_case(record(), 1)
+    assert (none.aliases, none.route_prompts) == ((), {})
+    assert hash(case) != hash(none)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("aliases", "Danielle", "field 'aliases' is 'Danielle', not a list"),
+        ("aliases", ["fine", " "], "aliases[1]: ' ' is not a text"),
+        ("aliases", ["fine", None], "aliases[1]: None is not a text"),
+        ("hops", {"prompt": "a"}, "field 'hops' is {'prompt': 'a'}, not a list"),
+        ("hops", ["a"], "hops[0] is 'a', not a dict"),
+        ("hops", [{"answer": "a"}], "hops[0]: field 'prompt' is missing"),
+        ("same_subject", [{"prompt": "a"}, {"prompt": 3}], "same_subject[1]: field 'prompt' is 3, not a str"),
+        ("same_subject", [{"prompt": ""}], "same_subject[0].prompt: '' is not a text"),
+        ("portability", ["a"], "field 'portability' is ['a'], not a dict"),
+        ("portability", {"New Question": 3}, "portability.New Question: 3 is not a text"),
+        ("portability", {"New question": "a"}, "'New Question' is missing"),
+        ("unrelated_relation", {"question": " "}, "unrelated_relation.question: ' ' is not a text"),
+        ("unrelated_relation", "a", "field 'unrelated_relation' is 'a', not a dict"),
+        ("alternative_subject", ["a"], "field 'alternative_subject' is ['a'], not a str"),
+        ("alternative_subject", "", "alternative_subject: '' is not a text"),
+        ("alternative_subjet", "a", "'alternative_subject' is missing"),
+    ],
+)
+def test_a_broken_optional_field_is_named_with_its_case(field: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match="case 7") as error:
+        to_case(record() | {field: value}, 1)
+    assert said in one_line(error)
+
+
+def test_the_embedded_facts_have_prompts_for_routers() -> None:
+    cases = load_dataset("facts").cases
+    counts = {kind: sum(len(case.route_prompts.get(kind, ())) for case in cases) for kind in ("alias", "hop")}
+    assert counts == {"alias": 204, "hop": 4376}
+    assert sum(len(case.aliases) for case in cases) == 204

@@ -479,3 +479,39 @@ def test_damage_to_what_is_served_is_noticed(made: Path, capsys: pytest.CaptureF
     (made / "manifest.json").write_text(json.dumps({**manifest, "model": model}))
     with pytest.raises(ValueError, match="was made on another model"):
         harness.load(made)
+
+
+# -- mergers and routers beside the paper's -----------------------------------------------------------------
+
+
+def test_a_folder_can_be_made_with_another_merger_and_router(
+    editing: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = rows(6)
+    facts[0]["aliases"] = ["Zaphod Beeblebrox"]
+    making = ("--merger", "refit", "--router", "subject")
+    assert editing("out", facts, *making) in (0, 1)
+    out = tmp_path / "out"
+    assert len(list((out / "keys" / "alphaedit").iterdir())) == 3
+    capsys.readouterr()
+    text = facts[0]["prompt"].replace("{}", facts[0]["subject"])
+    asked = [text.replace(facts[0]["subject"], "zaphod beeblebrox"), "Of nobody that is known here"]
+    assert ask.main([str(out), *asked, "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["route"] for answer in answers] == ["edited", "unedited"]
+    assert answers[0]["nearest"][0]["fact"] == 1
+    assert ledger.main([str(out), "export", "--sparse", "--out", str(tmp_path / "sparse.safetensors")]) == 0
+    [served] = out.glob("edits-*")
+    exported = read_tensors(tmp_path / "sparse.safetensors")[0]
+    assert all(torch.equal(exported[name], tensor) for name, tensor in read_tensors(served)[0].items())
+
+
+def test_what_is_taken_back_leaves_no_keys(editing: Callable[..., int], tmp_path: Path) -> None:
+    facts = [{**fact, "id": number} for number, fact in enumerate(rows(6))]
+    for out, given in (("a", facts), ("b", [*facts[:2], *facts[3:]])):
+        assert editing(out, given[:2], "--merger", "refit") in (0, 1)
+        assert editing(out, given[2:]) in (0, 1)
+    assert editing("a", (), "--remove", "2") in (0, 1)
+    assert editing("a", ()) in (0, 1)
+    stored = [path.name for path in (tmp_path / "a" / "keys" / "alphaedit").iterdir()]
+    assert len(stored) == len(list((tmp_path / "a" / "deltas" / "alphaedit").iterdir()))

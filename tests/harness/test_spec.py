@@ -12,7 +12,7 @@ import torch
 
 from editors import EDITORS
 from harness import spec as spec_module
-from harness.grid import cells_of, merge_ratios, needs_unmerged, weights_id
+from harness.grid import cells_of, merges_of, needs_unmerged, routes_of, weights_id
 from harness.models import MODELS
 from harness.spec import (
     RunSpec,
@@ -43,8 +43,8 @@ def test_nothing_given_is_the_embedded_default() -> None:
     assert spec.editors == ("memit", "alphaedit")
     assert spec.cells == ("baseline", "+MM", "+R", "+MM+R")
     assert (spec.batch_size, spec.num_batches, spec.edits) == (20, 5, 100)
-    assert (spec.chain, spec.merger, spec.pruning_ratio) == ("shadow", "self-aware", (0.85,))
-    assert (spec.router, spec.top_k, spec.encoder, spec.negatives) == ("topk", (2,), "minilm", None)
+    assert (spec.chain, spec.merger, spec.pruning_ratio) == ("shadow", ("self-aware",), (0.85,))
+    assert (spec.router, spec.top_k, spec.encoder, spec.negatives) == (("topk",), (2,), "minilm", None)
     assert (spec.evaluate, spec.seed, spec.dtype, spec.device) == ("final", 0, "float32", "cpu")
     assert spec.limit_stats is None
 
@@ -148,7 +148,7 @@ def test_overrides_have_their_fields_types() -> None:
         ("memit", ["EDITOR.FIELD=VALUE", "'memit'"]),
         ("memit.steps", ["EDITOR.FIELD=VALUE"]),
         ("steps=3", ["EDITOR.FIELD=VALUE"]),
-        ("memmit.steps=3", ["unknown editor 'memmit'", "alphaedit"]),
+        ("memmit.steps=3", ["unknown editor, merger or router 'memmit'", "alphaedit"]),
         ("memit-seq.steps=3", ["'memit-seq' is not in this run", "memit, alphaedit"]),
         ("memit.stepz=3", ["unknown field 'stepz' of memit", "steps"]),
         ("memit.ridge=3", ["unknown field 'ridge' of memit"]),
@@ -214,8 +214,10 @@ def test_a_model_without_a_row_needs_its_layers_named() -> None:
         ({"stats": "wikipdia"}, ["'wikipdia'", "wikipedia", "self"]),
         ({"select": "last"}, ["unknown selection 'last'", "first", "random"]),
         ({"chain": "shade"}, ["unknown chain 'shade'", "shadow", "merged"]),
-        ({"merger": "ties"}, ["unknown merger 'ties'", "self-aware"]),
-        ({"router": "bert"}, ["unknown router 'bert'", "topk"]),
+        ({"merger": ["slerp"]}, ["unknown merger 'slerp'", "self-aware"]),
+        ({"merger": ["shrink", "shrink"]}, ["merger", "twice"]),
+        ({"router": ["bert"]}, ["unknown router 'bert'", "topk"]),
+        ({"router": ["subject&bert"]}, ["unknown router 'bert'", "topk"]),
         ({"dtype": "float8"}, ["unknown dtype 'float8'", "bfloat16"]),
         ({"evaluate": "never"}, ["unknown evaluation 'never'", "final"]),
         ({"batch_size": 0}, ["batch_size is 0"]),
@@ -255,7 +257,8 @@ CHANGES: dict[str, Any] = {
     "model": "gpt2", "editors": ("alphaedit", "memit"), "cells": ("+R",), "dataset": "counterfact",
     "select": "first", "stats": "wikipedia", "limit_stats": 5, "batch_size": 3, "num_batches": 3,
     "chain": "merged", "pruning_ratio": (0.5,), "top_k": (3,), "encoder": "other", "negatives": 4, "seed": 1,
-    "dtype": "bfloat16", "device": "cuda", "evaluate": "x", "merger": "x", "router": "x",
+    "dtype": "bfloat16", "device": "cuda", "evaluate": "x", "merger": ("x",), "router": ("x",),
+    "aliases": True, "probes": True,
     "settings": {"memit": {"layers": (1,)}}, "capability": ("seqmmr_sst",),
     "generation": True, "generation_prompts": 2, "references": "x",
 }  # fmt: skip
@@ -293,16 +296,59 @@ def test_a_spec_is_plain_data() -> None:
 
 def test_cells_of_several_ratios_and_ks() -> None:
     spec = resolve({**CPU, "pruning_ratio": [0.85, 0.5], "top_k": [2, 3]})
-    found = [(cell.name, cell.pruning_ratio, cell.top_k) for cell in cells_of(spec, "memit")]
+    found = [
+        (cell.name, cell.merge and cell.merge.pruning_ratio, cell.route and cell.route.top_k)
+        for cell in cells_of(spec, "memit")
+    ]
     assert found == [
         ("baseline", None, None),
         ("+MM", 0.85, None), ("+MM", 0.5, None),
         ("+R", None, 2), ("+R", None, 3),
         ("+MM+R", 0.85, 2), ("+MM+R", 0.85, 3), ("+MM+R", 0.5, 2), ("+MM+R", 0.5, 3),
     ]  # fmt: skip
-    assert [weights_id(spec, "memit", ratio) for ratio in (None, *merge_ratios(spec))] == [
+    assert [weights_id(spec, "memit", ratio) for ratio in (None, *merges_of(spec))] == [
         "memit", "memit+MM", "memit+MM@0.5",
     ]  # fmt: skip
+
+
+def test_only_mergers_and_routers_that_have_them_are_run_at_every_ratio_and_k() -> None:
+    spec = resolve(
+        {**CPU, "pruning_ratio": [0.85, 0.5], "top_k": [2, 3], "merger": ["shrink", "random"],
+         "router": ["subject", "topk|subject"]}
+    )  # fmt: skip
+    assert [str(merge) for merge in merges_of(spec)] == ["shrink", "random at 0.85", "random at 0.5"]
+    assert [str(route) for route in routes_of(spec)] == [
+        "subject", "topk|subject with k 2", "topk|subject with k 3",
+    ]  # fmt: skip
+    assert [weights_id(spec, "memit", merge) for merge in merges_of(spec)] == [
+        "memit+MM", "memit+MM@random", "memit+MM@random@0.5",
+    ]  # fmt: skip
+
+
+def test_settings_of_mergers_and_routers_are_resolved_and_checked() -> None:
+    given = {**CPU, "merger": ["shrink"], "router": ["subject|topk"]}
+    spec = resolve(given, ["shrink.scale=0.7"])
+    assert spec.settings["shrink"] == {"scale": 0.7}
+    assert spec.settings["topk"] == {"indexed_from": 1_000_000}
+    assert spec.settings.keys() == {"memit", "alphaedit", "shrink", "subject", "topk"}
+    assert spec.build_merger("shrink", None).config.scale == 0.7  # type: ignore[attr-defined]
+    assert RunSpec.from_json(spec.as_json()) == spec
+    for override, reason in (
+        ("shrink.scale=2", "shrink: scale is 2.0"),
+        ("shrink.sclae=1", "unknown field 'sclae' of shrink"),
+        ("ema.rate=0.5", "'ema' is not in this run"),
+        ("topk.top_k=3", "--top-k"),
+        ("nothing.x=1", "unknown editor, merger or router 'nothing'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            resolve(given, [override])
+
+
+def test_a_spec_of_one_merger_and_router_by_name_is_read() -> None:
+    plain = resolve(CPU).as_json()
+    older = plain | {"merger": "self-aware", "router": "topk"}
+    del older["aliases"], older["probes"]
+    assert RunSpec.from_json(older) == resolve(CPU)
 
 
 @pytest.mark.parametrize(
@@ -320,5 +366,5 @@ def test_only_what_a_cell_needs_is_made(
 ) -> None:
     spec = resolve({**CPU, "chain": chain, "cells": cells})
     assert needs_unmerged(spec) is unmerged
-    assert bool(merge_ratios(spec)) is merged
+    assert bool(merges_of(spec)) is merged
     assert spec.routes is routed

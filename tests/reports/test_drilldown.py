@@ -240,7 +240,8 @@ def test_the_script_makes_the_scores_of_the_records(run: Run) -> None:
     )
     found = {tuple(names): (value, n) for *names, value, n in json.loads(done.stdout)}
     expected = {
-        (r.editor, r.cell, r.slice, r.pruning_ratio and f"{r.pruning_ratio:g}", r.top_k and str(r.top_k),
+        (r.editor, r.cell, r.slice, r.merger, r.pruning_ratio and f"{r.pruning_ratio:g}", r.router,
+         r.top_k and str(r.top_k),
          score.metric): score
         for r in run.records for score in r.scores
     }  # fmt: skip

@@ -56,7 +56,7 @@ def test_round_trip_through_json(record):
 def test_fields_are_those_of_the_contract(record):
     expected = (
         "schema_version run_id model dataset editor cell chain pruning_ratio top_k encoder seed "
-        "edits_applied slice spec provenance scores seconds error"
+        "edits_applied slice spec provenance scores seconds error merger router"
     )
     assert [field.name for field in fields(Record)] == expected.split()
     assert set(record(value=0.5).to_json()) == set(expected.split())
