@@ -107,6 +107,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def study(session: nox.Session) -> None:
+    """Routers and mergers beside the paper's, chosen on one half of CounterFact (python -m studies)."""
+    install(session)
+    session.run("python", "-m", "studies", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """ruff, mypy, the import contract, and known vulnerabilities of the locked packages."""
     install(session, "lint", "test")

@@ -55,7 +55,7 @@ def _parsed(name: str) -> list[list[str]]:
         if router not in ROUTERS:
             of = f" in {name!r}" if router != name else ""
             raise ValueError(
-                f"unknown router {router!r}{of}; known: {sorted(ROUTERS)}, joined by & (all) and | (any)"
+                f"unknown router {router!r}{of}; known: {', '.join(ROUTERS)}; joined by & (all) and | (any)"
             )
     return parts
 

@@ -68,12 +68,6 @@ class Corpus:
         router.add(None, self.unrelated)
 
 
-def read_probes(path: Path) -> list[RouteProbe]:
-    """Probes of a file of lines."""
-    with path.open(encoding="utf-8") as lines:
-        return [RouteProbe(**json.loads(line)) for line in lines]
-
-
 def evaluate(
     router: str,
     settings: Mapping[str, Mapping[str, Any]],

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks import tiny
 from editors.api import EditRequest
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes depends on what else runs
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
