@@ -664,7 +664,9 @@ def _card(
         ("cell", weights_of.cell),
     ]
     if weights_of.merge is not None:
-        merging = f"{weights_of.merge}, {spec.chain} chain"
+        ratio = weights_of.merge.pruning_ratio
+        pruned = "" if ratio is None else f", pruning ratio {ratio:g}"
+        merging = f"{weights_of.merge.merger}{pruned}, {spec.chain} chain"
         facts.append(("merging", merging))
     dataset = provenance.get("dataset", {})
     facts.append(("edits", sum(len(said["case_ids"]) for _, said in entries)))

@@ -925,7 +925,7 @@ def trade_off_figure(found: Mapping[tuple[str, str], Mapping[str, TradeOff]]) ->
         title="What routers lose to keep more",
         caption="Share of the probes of a kind that should go to the edited model and do, against that of a "
         "kind that should not and does, as the threshold on the router's score falls. Markers: where the "
-        "router itself stands. The upper left corner is right.",
+        "router itself stands. Prompts are pooled. The upper left corner is right.",
         draw=partial(_draw_trade_offs, found),
     )
 

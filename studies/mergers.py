@@ -24,18 +24,30 @@ from torch import Tensor
 from editors.api import EditRequest
 from editors.sites import device_of, sites_for
 from harness import onednn
-from harness.data import EditCase, load_dataset, prompt_rows, select
+from harness.data import EditCase, load_dataset, local_copy, prompt_rows, select
 from harness.deltas import state_path
 from harness.keys import Solver, contexts_of, keyed_layers, keys_path, read_keys, write_keys
 from harness.metrics import harmonic_mean, resampling_counts, tabulate_cell
 from harness.models import edit_in_float32, find_model, load_model, weights_in_place
 from harness.paths import read_lines, write_lines_gz
 from harness.replay import Replay, added, edited_parameters
-from harness.run import answer_fields, statistics_of
+from harness.run import answer_fields, run_grid, statistics_of
 from harness.scoring import Query, score
-from harness.spec import RunSpec
+from harness.spec import CELLS, RunSpec, has_ratio, resolve
 from merging import MERGERS, Keys, MergeChain, Merger
+from reports.names import weights_name
+from studies.records import EDITS
 
+EDITORS = ("memit", "alphaedit")
+CHOSEN: dict[str, dict[str, Any]] = {"shrink": {"scale": 0.9}}  # on the choosing half; refit: its defaults
+REPORTED = ("self-aware", "refit", "shrink", "ema", "ties", "dare", "random", "low-rank", "energy")
+ROUTERS = ("topk", "subject&relation", "calibrated")
+TRIED = (  # on the choosing half
+    "self-aware", "shrink:scale=0.7", "shrink:scale=0.8", "shrink:scale=0.85", "shrink:scale=0.9", "refit",
+    "refit:scale=0.9", "refit:ridge=500", "refit:ridge=8000", "refit:anchor=base,ridge=500",
+)  # fmt: skip
+BATCHES, RATIO = 10, 0.85
+PARAGRAPHS, TOKENS = ("wiki_paragraphs*.jsonl",), 120_000  # of the covariance
 EVERY, NEIGHBORS = 3, 3  # of a batch's records, and of a record's neighbours, those that are scored
 BASELINE = "none"  # in place of a merger: the edited weights
 Array = NDArray[np.float64]
@@ -211,8 +223,12 @@ class Value:
     low: float
     high: float
 
+    @property
+    def change(self) -> str:
+        return f"{self.difference:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
     def __str__(self) -> str:
-        return f"{self.value:.1f} ({self.difference:+.1f} [{self.low:+.1f}, {self.high:+.1f}])"
+        return f"{self.value:.1f} ({self.change})"
 
 
 COLUMNS = ("efficacy", "generalization", "locality", "Score")
@@ -260,7 +276,65 @@ def table(edited: Sequence[Edited], ways: Sequence[Way], against: Way) -> str:
         "@10",
         "Score by batch, change",
     ]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+
+
+def study(halves: Mapping[str, Path], data: str, out: Path, *, device: str) -> dict[str, str]:
+    """The tables of mergers by name; runs that ``out`` lacks are made, or gone on with.
+
+    halves: name -> records, "choose" and the orders of those that are reported.
+    """
+    runs = {name: _run(name, path, data, out / "runs" / name, device) for name, path in halves.items()}
+    orders = [run for name, run in runs.items() if name != "choose"]
+    parts = {}
+    for editor in EDITORS:
+        chosen_on = [Edited(runs["choose"], editor, out / "work", data=data)]
+        ways = [Way.parse(text) for text in (BASELINE, *TRIED)]
+        parts[f"mergers chosen {editor}"] = table(chosen_on, ways, Way(BASELINE, {}))
+        parts[f"mergers {editor}"] = _report(orders, editor)
+    return parts
+
+
+def _run(name: str, records: Path, data: str, out: Path, device: str) -> Path:
+    """A run folder of one half in one order; of the choosing half the edited weights alone are scored."""
+    given: dict[str, Any] = {
+        "dataset": str(records), "select": "first", "editors": EDITORS, "device": device, "seed": 0,
+        "stats": str(local_copy(data, PARAGRAPHS)), "limit_stats": TOKENS, "cells": ("baseline",),
+        "batch_size": EDITS // BATCHES, "num_batches": BATCHES,
+    }  # fmt: skip
+    overrides = []
+    if name != "choose":
+        order = int(name.rpartition("-")[2])
+        given |= {"seed": order, "cells": CELLS, "merger": REPORTED, "router": ROUTERS}
+        given["capability"] = ("none",) if order else ("six",)
+        overrides = [f"{m}.{field}={value}" for m, own in CHOSEN.items() for field, value in own.items()]
+    if run_grid(resolve(given, overrides), out=out, data=data):
+        raise ValueError(f"{out}: cells of the run failed; its records say which, and why")
+    return out
+
+
+def _report(orders: Sequence[Path], editor: str) -> str:
+    """Every merger beside the edited weights and beside the shrunk ones, the orders pooled."""
+    cases = [list(read_lines(run / "cases.jsonl.gz")) for run in orders]
+
+    def outcomes(weights: str) -> Outcomes:
+        return Outcomes.of([[row for row in rows if row["weights"] == weights] for rows in cases])
+
+    names = {"baseline": editor} | {
+        merger: weights_name(editor, merger, RATIO if has_ratio(merger) else None, REPORTED, (RATIO,))
+        for merger in REPORTED
+    }
+    own = {name: outcomes(weights) for name, weights in names.items()}
+    rows = []
+    for name, found in own.items():
+        whole, beside = compare(found, own["baseline"]), compare(found, own["shrink"])
+        batches = [compare(found, own["baseline"], batch=b + 1)["Score"].difference for b in range(BATCHES)]
+        rows.append([
+            name, *(f"{whole[column].value:.1f}" for column in COLUMNS[:3]), str(whole["Score"]),
+            beside["Score"].change, f"{min(batches):+.1f}",
+        ])  # fmt: skip
+    headers = ("merger", *COLUMNS[:3], "Score (to baseline)", "to shrink", "worst batch")
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from harness.metrics import RESAMPLES
+from harness.paths import write_lines_gz
+from harness.spec import RunSpec
+from studies import mergers
 from studies import records as halves_of
 from studies.__main__ import splice
 from studies.mergers import Outcomes, compare
@@ -38,7 +41,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = []
     for case_id in range(300):
         relation = f"P{case_id % 6}"
-        template = "{} shares" if relation in ("P0", "P1") and case_id % 4 == 0 else f"{{}} of {relation}"
+        template = (
+            "{} shares" if relation in ("P0", "P1") and case_id // 6 % 4 == 0 else f"{{}} of {relation}"
+        )
         subject = f"Subject {chance.randrange(150)}"
         rows.append(record(case_id, relation, template, subject, original=case_id < 60))
     folder = tmp_path / "data"
@@ -134,6 +139,59 @@ def test_a_difference_is_paired_over_records_and_pooled_over_orders() -> None:
     assert found["Score"].high == pytest.approx(high, abs=1.5)
     same = compare(Outcomes.of(runs), Outcomes.of(runs))
     assert all((value.difference, value.low, value.high) == (0, 0, 0) for value in same.values())
+
+
+def test_mergers_are_reported_beside_the_edited_and_the_shrunk_weights(tmp_path: Path) -> None:
+    draw = np.random.default_rng(1)
+    names = {
+        "baseline": "memit", "self-aware": "memit+MM",
+        **{merger: f"memit+MM@{merger}" for merger in mergers.REPORTED if merger != "self-aware"},
+    }  # fmt: skip
+    wins = {name: draw.random((2, 20, 3)) < 0.7 for name in names}
+    for order in range(2):
+        ids, batches = list(range(20)), [1 + i // 2 for i in range(20)]
+        rows = [
+            row | {"weights": weights}
+            for name, weights in names.items()
+            for row in outcome_rows(wins[name][order], ids, batches)
+        ]
+        write_lines_gz(tmp_path / str(order) / "cases.jsonl.gz", rows)
+    lines = mergers._report([tmp_path / "0", tmp_path / "1"], "memit").splitlines()[2:]
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines}
+    assert cells.keys() == names.keys()
+    scores = {name: 100 * score_of(own.reshape(-1, 3)) for name, own in wins.items()}
+    for name, (efficacy, *_, score, beside, worst) in cells.items():
+        assert efficacy == f"{100 * wins[name].reshape(-1, 3)[:, 0].mean():.1f}"
+        assert score.startswith(f"{scores[name]:.1f} ({scores[name] - scores['baseline']:+.1f} [")
+        assert beside.startswith(f"{scores[name] - scores['shrink']:+.1f} [")
+        by_batch = [
+            100 * (score_of(wins[name][:, 2 * b : 2 * b + 2].reshape(-1, 3))
+                   - score_of(wins["baseline"][:, 2 * b : 2 * b + 2].reshape(-1, 3)))
+            for b in range(10)
+        ]  # fmt: skip
+        assert worst == f"{min(by_batch):+.1f}"
+
+
+def test_runs_of_the_halves_are_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wiki_paragraphs.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "records.jsonl").touch()
+    made: dict[str, RunSpec] = {}
+
+    def grid(spec: RunSpec, *, out: Path, data: str) -> int:
+        made[out.name] = spec
+        return int(out.name == "report-2")
+
+    monkeypatch.setattr(mergers, "run_grid", grid)
+    for name in ("choose", "report-0", "report-1"):
+        mergers._run(name, tmp_path / "records.jsonl", str(tmp_path), tmp_path / name, "cpu")
+    assert made["choose"].cells == ("baseline",)
+    assert [made[name].seed for name in made] == [0, 0, 1]
+    assert made["report-0"].merger == mergers.REPORTED
+    assert made["report-0"].settings["shrink"] == mergers.CHOSEN["shrink"]
+    assert made["report-0"].capability and not made["report-1"].capability
+    assert {spec.edits for spec in made.values()} == {1000}
+    with pytest.raises(ValueError, match="report-2: cells of the run failed"):
+        mergers._run("report-2", tmp_path / "records.jsonl", str(tmp_path), tmp_path / "report-2", "cpu")
 
 
 def test_the_page_is_changed_between_its_marks_alone(tmp_path: Path) -> None:
