@@ -33,7 +33,7 @@ Anchor = Literal["base", "edited"]
 class RefitConfig:
     """What the fitted change is held near to, and how strongly."""
 
-    ridge: float = 2000.0  # lambda, weight of the preserved keys' second moment
+    ridge: float = 2000.0  # lambda, of the preserved keys: MEMIT's own, which is 15000 on larger models
     anchor: Anchor = "edited"  # edited: the least correction of the edited weights; base: the smallest change
     scale: float = 1.0  # s, on the whole change
     repeat: float = 1e-4  # relative distance of keys up to which an edit is taken for one made again

@@ -39,7 +39,7 @@ from reports.names import weights_name
 from studies.records import EDITS
 
 EDITORS = ("memit", "alphaedit")
-CHOSEN: dict[str, dict[str, Any]] = {"shrink": {"scale": 0.9}}  # on the choosing half; refit: its defaults
+CHOSEN: dict[str, dict[str, Any]] = {"shrink": {"scale": 0.8}}  # on the choosing half; refit: its defaults
 REPORTED = ("self-aware", "refit", "shrink", "ema", "ties", "dare", "random", "low-rank", "energy")
 ROUTERS = ("topk", "subject&relation", "calibrated")
 TRIED = (  # on the choosing half
