@@ -166,7 +166,7 @@ WRONG: list[tuple[str, list[str], list[str]]] = [  # flag, values ({name}: a fil
     ("set", [*LAYERS, "memit.nothing=1"], ["unknown field 'nothing' of memit", "steps"]),
     ("set", [*LAYERS, "memit.steps=x"], ["memit.steps=x", "'x'"]),
     ("set", [*LAYERS, "memit.steps=0"], ["memit: steps is 0"]),
-    ("set", [*LAYERS, "romme.steps=1"], ["unknown editor 'romme'"]),
+    ("set", [*LAYERS, "romme.steps=1"], ["unknown editor, merger or router 'romme'"]),
     ("set", [*LAYERS, "memit-seq.steps=1"], ["'memit-seq' is not in this run"]),
     ("out", ["{good.jsonl}"], ["good.jsonl", "--out"]),
     ("out", ["{good.jsonl}/run"], ["good.jsonl", "--out"]),

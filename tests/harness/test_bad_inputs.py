@@ -287,7 +287,9 @@ TABLE: dict[str, dict[str, Bad]] = {
         "editor in capitals": flag("editors", "MEMIT", says=("unknown editor 'MEMIT'", "known: ft")),
         "cell in small letters": flag("cells", "+mm", says=("unknown cell '+mm'", "known: baseline")),
         "dataset with a blank": flag("dataset", "facts ", says=("unknown dataset 'facts '", "known: facts")),
-        "merger of another name": flag("merger", "slerp", says=("unknown merger 'slerp'", "known: self-aware")),
+        "merger of another name": flag(
+            "merger", "slerp", says=("unknown merger 'slerp'", "known: self-aware")
+        ),
         "router of another name": flag("router", "knn", says=("unknown router 'knn'", "known: topk")),
         "dtype abbreviated": flag("dtype", "fp16", says=("unknown dtype 'fp16'", "known: float32")),
         "encoder without a model": flag("encoder", "openai:", says=("'openai:' names no model", "minilm")),
