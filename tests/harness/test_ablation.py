@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import harness.kept_targets
-import harness.replay
 import harness.run
 from benchmarks.reference import counterfact_rates, forced_prediction, knowedit_rates
 from benchmarks.tiny import (
@@ -38,7 +37,7 @@ from harness.paths import read_lines
 from harness.replay import Replay, edited_parameters
 from harness.scoring import Query, score
 from harness.spec import RunSpec
-from merging import MERGERS
+from merging import MERGERS, MergeChain
 
 Row = dict[str, Any]
 Write = Callable[..., Path]
@@ -1033,13 +1032,12 @@ def test_a_delta_that_does_not_follow_is_refused(grid: Grid, done: Path, copied:
 def test_likelihoods_that_are_not_finite_are_no_result(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = harness.replay.shadow_chain
+    plain = MergeChain.step
 
-    def broken(*args: Any) -> Iterator[Any]:
-        for weights in plain(*args):
-            yield {name: value * float("nan") for name, value in weights.items()}
+    def broken(self: MergeChain, *args: Any) -> dict[str, torch.Tensor]:
+        return {name: value * float("nan") for name, value in plain(self, *args).items()}
 
-    monkeypatch.setattr(harness.replay, "shadow_chain", broken)
+    monkeypatch.setattr(MergeChain, "step", broken)
     assert grid.run(tmp_path / "run", "--cells", "baseline", "+MM", editors=["memit"]) == 1
     found = {r["cell"]: r for r in records_of(tmp_path / "run") if r["slice"] == "overall"}
     assert found["baseline"]["scores"]
