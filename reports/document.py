@@ -25,6 +25,8 @@ from reports.seeds import Pool, pools_of
 from reports.tables import Report, run_tables
 from reports.verdicts import summary_table, verdict_table, verdicts
 
+Probed = Mapping[str, Sequence[Mapping[str, Any]]]  # router by name -> the probes as it decided them
+
 
 def build_reports(
     runs: Sequence[Run],
@@ -58,14 +60,15 @@ def build_reports(
         )
     ]
     for run, folder in zip(runs, folders, strict=True):
+        probed = probes_by_router(run)
         (alone,) = pools_of([run], linked=linked)
         parts.append(
             Report(
                 title=run.name,
                 facts=tuple(describe(run)),
                 warnings=tuple(warnings_of(run)),
-                tables=(*run_tables(run, alone.rows, digits=digits), *_probe_tables(alone, run, digits)),
-                figures=(*figures_of(run), *_probe_figures(run)) if drawn else (),
+                tables=(*run_tables(run, alone.rows, digits=digits), *_probe_tables(alone, probed, digits)),
+                figures=(*figures_of(run), *_probe_figures(probed)) if drawn else (),
                 folder=folder,
                 cases=pages.pop(run.records[0].run_id, ""),
             )
@@ -73,24 +76,22 @@ def build_reports(
     return parts
 
 
-def _probe_tables(pool: Pool, run: Run, digits: int) -> list[Table]:
+def _probe_tables(pool: Pool, found: Probed, digits: int) -> list[Table]:
     """What the routers did with probes, and how sure they were."""
-    found = probes_by_router(run)
     confusions = [confusion_table(rows, name=name, digits=digits) for name, rows in found.items()]
     tables = [*probe_tables(pool.rows, digits=digits), *(table for table in confusions if table is not None)]
     scored = _calibrations(found)
     return [*tables, calibration_table(scored)] if scored else tables
 
 
-def _probe_figures(run: Run) -> list[Figure]:
-    found = probes_by_router(run)
+def _probe_figures(found: Probed) -> list[Figure]:
     scored = _calibrations(found)
     figures = [reliability_figure(scored)] if scored else []
     trades = trade_offs(found)
     return [*figures, trade_off_figure(trades)] if trades else figures
 
 
-def _calibrations(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Calibration]:
+def _calibrations(found: Probed) -> dict[str, Calibration]:
     measured = {name: calibration(rows) for name, rows in found.items()}
     return {name: one for name, one in measured.items() if one is not None}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from routing.api import Decision, Embed, Subject
 from routing.index import VectorIndex
+from routing.search import directions
 
 _CLIP = 10.0  # labels that all agree have no finite minimiser
 _SPARE = 14  # candidates beyond k that an index hands on
@@ -189,18 +190,11 @@ class TopK:
 
     def _directions(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), d) of unit length in float32."""
-        vectors = self._embed(texts).float()
-        if vectors.ndim != 2 or len(vectors) != len(texts):
-            raise ValueError(f"{len(texts)} texts got embeddings of shape {tuple(vectors.shape)}")
+        vectors = directions(self._embed, texts)
         if self._parts and vectors.shape[1] != self._parts[0].shape[1]:
             known = self._parts[0].shape[1]
             raise ValueError(f"embeddings have {vectors.shape[1]} dimensions, those of the corpus {known}")
-        lengths = vectors.norm(dim=1, keepdim=True)
-        unusable = ~(lengths.isfinite() & (lengths > 0)).flatten()
-        if unusable.any():
-            text = texts[int(unusable.nonzero()[0])]
-            raise ValueError(f"the embedding of {text!r} is zero or not finite, so it has no direction")
-        return torch.div(vectors, lengths)
+        return vectors
 
 
 class _EightBits:
