@@ -7,7 +7,7 @@ router does with relations that it was not fitted on.
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from harness.data import EditCase, load_dataset, select
 from harness.paths import read_lines
 from harness.route_probes import RouteProbe
-from reports.probes import KINDS
+from harness.routers import subjects_of
 from routing import Decision, Embed, Subject, build
 from routing.calibrated import COEFFICIENTS, MODELS, Coefficients
 from routing.features import FEATURES, Comparison, Pairs
@@ -43,8 +43,6 @@ ROUNDS = 4  # of choosing each probe's edit and fitting again
 RIDGE = 0.05  # inverse of scikit-learn's C, a probe of mean weight
 FOLDS = 8  # groups of relations held out in turn; the smallest share one
 
-Shares = dict[str, tuple[float, int]]  # kind -> share sent to the edited model, number of probes
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -61,27 +59,9 @@ class Corpus:
 
     def fill(self, router: Any, *, aliases: bool = False) -> None:
         """Adds it to a router; aliases: with those that the records give."""
-        subjects = [
-            Subject(name=c.request.subject, aliases=c.aliases if aliases else ()) for c in self.edited
-        ]
+        subjects = subjects_of(self.edited, aliases=aliases)
         router.add("edited", [case.rewrite_prompt for case in self.edited], subjects)
         router.add(None, self.unrelated)
-
-
-def evaluate(
-    router: str,
-    settings: Mapping[str, Mapping[str, Any]],
-    records: Path,
-    probes: Sequence[RouteProbe],
-    embed: Embed,
-    *,
-    edits: int = 1000,
-    aliases: bool = False,
-) -> Shares:
-    """Share of the probes of each kind that a router by name sends to the edited model."""
-    return shares(
-        probes, [d.score for d in decisions(router, settings, records, probes, embed, edits, aliases)]
-    )
 
 
 def decisions(
@@ -97,24 +77,6 @@ def decisions(
     made = build(router, embed, settings)
     Corpus.of(records, edits).fill(made, aliases=aliases)
     return made.route([probe.prompt for probe in probes])
-
-
-def shares(probes: Sequence[RouteProbe], scores: Iterable[float], threshold: float = 0.0) -> Shares:
-    """Of each kind, from scores in the order of the probes."""
-    sent: defaultdict[str, list[bool]] = defaultdict(list)
-    for probe, score in zip(probes, scores, strict=True):
-        sent[probe.kind].append(score >= threshold)
-    return {kind: (sum(found) / len(found), len(found)) for kind in KINDS if (found := sent.get(kind))}
-
-
-def trade_off(
-    probes: Sequence[RouteProbe], scores: Sequence[float], thresholds: Sequence[float]
-) -> list[dict[str, float]]:
-    """The shares of every kind at each threshold on the scores."""
-    return [
-        {"threshold": at} | {kind: share for kind, (share, _) in shares(probes, scores, at).items()}
-        for at in thresholds
-    ]
 
 
 @dataclass(frozen=True)
