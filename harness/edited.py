@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from editors import dense
-from editors.sites import device_of, sites_for
+from editors.sites import device_of
 from harness import onednn
 from harness.check import Asked, check, general_queries
 from harness.data import Dataset, load_dataset
@@ -40,7 +40,7 @@ from harness.factfile import Fact
 from harness.folder import locked, software
 from harness.grid import NO_MERGE, merges_of, needs_keys
 from harness.kept_targets import KeptTargets
-from harness.keys import Solver, contexts_of, keyed_layers, keys_path, write_keys
+from harness.keys import Solver, keys_path, write_keys
 from harness.models import (
     LoadedModel,
     edit_in_float32,
@@ -301,15 +301,13 @@ class _Work:
         after = added(weights, {name: dense(change) for name, change in delta.items()})
         if self.keyed:
             assert solver is not None, "a merger that needs keys has statistics gathered"
-            sites, method = sites_for(self.loaded.model), self.spec.editor(self.editor)
             write_keys(
                 self._keys_path(number),
-                self.loaded.model,
-                self.loaded.tokenizer,
+                self.loaded,
+                self.spec.editor(self.editor),
                 [fact.request for fact in facts],
-                contexts_of(self._state_path(0)),
-                keyed_layers(method.parameters(sites), sites, method.config.layers),
                 solver,
+                state=self._state_path(0),
                 facts=made_of["facts"],
                 digest_before=before,
             )

@@ -6,19 +6,19 @@ folder without the model's forward and without the statistics.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editors import EditRequest
+from editors import Editor, EditRequest
 from editors.contexts import BARE, Contexts
 from editors.linalg import cholesky
 from editors.rows import subject_keys
-from editors.sites import Sites, sites_for
+from editors.sites import sites_for
 from harness.digested import content_digest, write_digested
+from harness.models import LoadedModel
 from harness.paths import read_tensors
 from merging import Keys
 
@@ -26,20 +26,6 @@ from merging import Keys
 def keys_path(folder: Path, chain: str, batch: int) -> Path:
     """File of one batch (from 1) of a chain of changes."""
     return folder / "keys" / chain / f"batch-{batch:04d}.safetensors"
-
-
-def keyed_layers(parameters: Sequence[str], sites: Sites, layers: Sequence[int]) -> dict[int, str]:
-    """Layer -> name of its edited MLP output projection, of those that an editor may change."""
-    names = {layer: sites.weight_name(layer) for layer in layers}
-    return {layer: name for layer, name in names.items() if name in parameters}
-
-
-def contexts_of(path: Path) -> Contexts:
-    """The context templates in an editor's state; the bare prompt for one that uses none."""
-    stored = read_tensors(path)[0].get("contexts") if path.is_file() else None
-    if stored is None:
-        return Contexts(((BARE,),))
-    return Contexts(tuple(tuple(group) for group in json.loads(bytes(stored.tolist()))))
 
 
 class Solver:
@@ -58,25 +44,35 @@ class Solver:
 
 def write_keys(
     path: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
+    editor: Editor,
     requests: Sequence[EditRequest],
-    contexts: Contexts,
-    layers: Mapping[int, str],
     solver: Solver,
+    *,
+    state: Path,
     **said: str,
 ) -> None:
-    """Take the keys of a batch on the model as it is, and store them.
+    """Take the keys of a batch on the model as it is, in every layer whose MLP output projection the editor
+    changes, and store them.
 
-    layers: layer -> name of its parameter; said: what identifies the batch.
+    state: file of the editor's state, which has its context templates; said: what identifies the batch.
     """
+    sites, model = sites_for(loaded.model), loaded.model
+    names = {layer: sites.weight_name(layer) for layer in sorted(editor.config.layers)}
+    layers = [layer for layer, name in names.items() if name in editor.parameters(sites)]
     tensors: dict[str, Tensor] = {}
-    for layer, keys in subject_keys(model, tokenizer, requests, contexts, sorted(layers)):
-        name = layers[layer]
-        tensors[f"{name}.keys"] = keys.T.contiguous()
-        tensors[f"{name}.solved"] = solver(layer, keys).T.to(keys.dtype).contiguous()
-    transposed = "true" if sites_for(model).transposed else "false"
-    write_digested(path, tensors, {"transposed": transposed, **said})
+    for layer, keys in subject_keys(model, loaded.tokenizer, requests, contexts_of(state), layers):
+        tensors[f"{names[layer]}.keys"] = keys.T.contiguous()
+        tensors[f"{names[layer]}.solved"] = solver(layer, keys).T.to(keys.dtype).contiguous()
+    write_digested(path, tensors, {"transposed": "true" if sites.transposed else "false", **said})
+
+
+def contexts_of(state: Path) -> Contexts:
+    """The context templates in an editor's state; the bare prompt for one that uses none."""
+    stored = read_tensors(state)[0].get("contexts") if state.is_file() else None
+    if stored is None:
+        return Contexts(((BARE,),))
+    return Contexts(tuple(tuple(group) for group in json.loads(bytes(stored.tolist()))))
 
 
 def read_keys(path: Path, device: torch.device) -> dict[str, Keys]:

@@ -206,8 +206,9 @@ def problems(ledger: Ledger, chain: Chain, replay: "Replay | None", last: int | 
     """
     from harness.deltas import multiplied_out
     from harness.models import tensors_digest
+    from harness.replay import Steps
 
-    steps = None if replay is None else replay.steps(chain.name, chain.merge)
+    steps = None if replay is None else Steps(replay, chain.name, chain.merge)
     weights = None if steps is None else steps.weights
     before = None if weights is None else tensors_digest(weights)
     for batch in range(1, (len(ledger.batches) if last is None else last) + 1):

@@ -249,8 +249,8 @@ def task_scores(
     model, to which the differences are; None where rows are its own. ``gold_margin`` is in nats.
     """
     counts = resampling_counts(len(rows), seed)
-    found = _task_values(rows, counts)
-    before = None if unedited is None else _task_values(unedited, counts)
+    found = task_values(rows, counts)
+    before = None if unedited is None else task_values(unedited, counts)
     scores = [
         _score(name, *values, len(rows), None if before is None else before[name],
                protocol="generated" if name == "f1_generated" else "log_probability")
@@ -261,8 +261,11 @@ def task_scores(
     return [*scores, _score("agreement", *agreement, len(rows), None, protocol="log_probability")]
 
 
-def _task_values(rows: Sequence[Mapping[str, Any]], counts: Array) -> dict[str, tuple[float, Array]]:
-    """Metric -> its value and that of each resample."""
+def task_values(rows: Sequence[Mapping[str, Any]], counts: Array) -> dict[str, tuple[float, Array]]:
+    """Metric of one general task -> its value and that of each resample.
+
+    counts: (resamples, records), how often each record is drawn.
+    """
     gold, pred = _column(rows, "gold"), _column(rows, "pred")
     margins = np.array([_margin(row["choice_logprobs"], row["gold"]) for row in rows])
     values = {

@@ -44,13 +44,9 @@ class Replay:
         if batches is None:
             batches = range(1, self.spec.num_batches + 1)
         name = weights_id(self.spec, editor, merge) if self.spec.chain == "merged" else editor
-        steps = self.steps(name, merge)
+        steps = Steps(self, name, merge)
         for batch in batches:
             yield steps.step(batch, self.delta(name, batch))
-
-    def steps(self, chain: str, merge: Merge | None) -> "Steps":
-        """Weights batch after batch, from the unedited ones on; chain: name of the folder of the changes."""
-        return Steps(self, chain, merge)
 
     def released(self, editor: str, merge: Merge | None, weights: Weights) -> tuple[Weights, dict[str, Any]]:
         """Weights as they are evaluated, and what the editor notes of it."""
@@ -76,6 +72,7 @@ class Steps:
     """What a chain's changes make of the unedited weights, one batch at a time."""
 
     def __init__(self, replay: Replay, chain: str, merge: Merge | None) -> None:
+        """chain: name of the folder of the changes."""
         self._replay, self._chain = replay, chain
         self._merging: MergeChain | None = None
         self._keyed = False

@@ -50,7 +50,7 @@ from harness.grid import (
     weights_id,
 )
 from harness.kept_targets import KeptTargets
-from harness.keys import Solver, contexts_of, keyed_layers, keys_path, write_keys
+from harness.keys import Solver, keys_path, write_keys
 from harness.models import (
     LoadedModel,
     edit_in_float32,
@@ -96,10 +96,12 @@ def run_grid(
     hyperparameters: HyperparameterFile | None = None,
     fresh: bool = False,
     display: Display | None = None,
+    edits_only: bool = False,
 ) -> int:
     """Carry out a spec in a run folder; returns how many cells failed.
 
     hyperparameters: the file the spec was resolved with, to be named as the source of its settings.
+    edits_only: nothing is scored and nothing reported; the same call without it goes on from there.
     An existing folder of the same spec is continued where it stopped (``fresh``: begun anew). Raises
     ValueError in one line, before any model is loaded, for wrong names, files or sizes.
     """
@@ -139,6 +141,9 @@ def run_grid(
             loaded = load_model(spec.model, source, dtype=getattr(torch, spec.dtype), device=spec.device)
             run = _Run(spec, folder, display, loaded, selection.cases, suite, consistency)
             run.timed("load", stage)
+        if edits_only:
+            run.edit_all()
+            return 0
         if embed is not None:
             probes = probes_of(spec, dataset, selection, suite) if spec.probes else []
             run.route(embed, selection.unrelated, probes)
@@ -364,6 +369,15 @@ class _Run:
         write_lines_gz(self.out / "cases.jsonl.gz", self._case_rows())
         return failed
 
+    def edit_all(self) -> None:
+        """Every chain of changes, as far as it is not on disk."""
+        for editor in self.spec.editors:
+            for merge in self.merges if self.spec.chain == "merged" and editor not in NO_MERGE else ():
+                self._edit(editor, weights_id(self.spec, editor, merge), merge)
+            if needs_unmerged(self.spec):
+                self._edit(editor, editor, None)
+            self._restore(self.base)
+
     # -- one editor ---------------------------------------------------------------------------------------
 
     def _editor(self, editor: str) -> Iterator[Record]:
@@ -463,7 +477,7 @@ class _Run:
             return
         self._gathered()  # while the model is unedited
         with self.display.stage(f"keys {editor}", total=len(missing)) as stage:
-            steps = self.replay.steps(editor, None)
+            steps = Steps(self.replay, editor, None)
             for batch in range(1, missing[-1] + 1):
                 after = steps.step(batch, self.replay.delta(editor, batch))
                 if batch in missing:
@@ -474,7 +488,6 @@ class _Run:
 
     def _write_keys(self, editor: str, chain: str, batch: int) -> None:
         """Store the keys of one batch on the model as it is."""
-        sites, method = sites_for(self.loaded.model), self.spec.editor(editor)
         cases = self.batches[batch - 1]
         statistics = self._gathered()
         assert statistics is not None, "a merger that needs keys has statistics gathered"
@@ -482,12 +495,11 @@ class _Run:
             self._solver = Solver(statistics.covariance, device_of(self.loaded.model))
         write_keys(
             keys_path(self.out, chain, batch),
-            self.loaded.model,
-            self.loaded.tokenizer,
+            self.loaded,
+            self.spec.editor(editor),
             [case.request for case in cases],
-            contexts_of(state_path(self.out, chain)),
-            keyed_layers(method.parameters(sites), sites, method.config.layers),
             self._solver,
+            state=state_path(self.out, chain),
             run=self.folder.info["run_id"],
             case_ids=json.dumps([case.case_id for case in cases]),
         )
@@ -581,7 +593,7 @@ class _Run:
             if settled > done:  # a state beyond the last delta fits none before it
                 state, settled = {}, 0
             done = settled
-        steps = self.replay.steps(chain, merge)
+        steps = Steps(self.replay, chain, merge)
         for batch in range(1, done + 1):
             steps.step(batch, self.replay.delta(chain, batch, before=tensors_digest(steps.weights)))
         return steps, state, done

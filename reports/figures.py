@@ -860,6 +860,30 @@ def _legible(background: Sequence[float]) -> str:
     return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
 
 
+def batches_figure(panels: Sequence[Panel], *, name: str, title: str, caption: str, label: str) -> Figure:
+    """A line per series from the first batch on, panels on one scale, which the caption states.
+
+    label: of the vertical axis. Raises ValueError where no value is known.
+    """
+    series = [one for panel in panels for one in panel.series]
+    if not any(one.known for one in series):
+        raise ValueError("no batch has a value; give at least one")
+    low, high = limits = _limits(series)
+    count = max(len(one.points) for one in series)
+    ticks: dict[float, str] = {number: f"@{number}" for number in _thinned(range(1, count + 1), 8)}
+    draw = partial(
+        _draw_lines,
+        panels,
+        limits=limits,
+        ticks=ticks,
+        labels=("Edit batch", label),
+        start=1,
+        legend_title=None,
+    )
+    axis = f"The vertical axis runs from {low} to {high}."
+    return Figure(name=name, title=title, caption=_sentences(caption, axis), draw=draw)
+
+
 def reliability_figure(calibrations: Mapping[str, Calibration]) -> Figure:
     """Where probes should go against what the routers' scores say, a line per router by name.
 

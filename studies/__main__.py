@@ -1,7 +1,7 @@
 """``python -m studies``: what docs/beyond-the-paper.md says of routers and mergers, made again.
 
     python -m studies routers --data FOLDER --out FOLDER      some minutes on two CPU cores
-    python -m studies mergers --data FOLDER --out FOLDER      eight runs of 1,000 edits: a GPU, or a day
+    python -m studies mergers --data FOLDER --out FOLDER      seven runs of 1,000 edits: a GPU, or a day
 
 Everything is chosen on one half of CounterFact (``studies.records``) and reported on the other. FOLDER of
 --data holds local copies of CounterFact, the general tasks and Wikipedia paragraphs.
@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.part == "routers":
             parts = _routers(halves["choose"], halves[f"report-{ORDERS[0]}"], args.data, fit=args.fit)
         else:
-            parts = mergers.study(halves, args.data, args.out, device=args.device)
+            embed = encoder("minilm", cache=cache_folder("embeddings"), device="cpu")
+            parts, figures = mergers.study(halves, args.data, args.out, embed, device=args.device)
+            write_figures(figures, FIGURES)
     except ValueError as error:
         sys.stderr.write(f"python -m studies: {error}\n")
         return 2
@@ -86,8 +88,9 @@ def _routers(choose: Path, report: Path, data: str, *, fit: bool) -> dict[str, s
         routers.fit_all(choose, chosen_on, embed, embed.identity)
     held_out = [routers.compare(choose, chosen_on, embed, edits) for edits in routers.SIZES]
     scores = routers.leave_one_relation_out(held_out)
+    asked = [probe.prompt for probe in probes]
     decided = {
-        name: routers.decisions(router, settings, report, probes, embed)  # type: ignore[arg-type]
+        name: routers.decisions(router, settings, report, asked, embed)
         for name, (router, settings) in COMPARED.items()
     }
     rows = {name: _rows(probes, decided[name]) for name in DRAWN}

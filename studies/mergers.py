@@ -1,185 +1,41 @@
-"""Mergers of finished edits, scored on a fixed part of their records and compared in pairs.
-
-What a run folder holds of an editor (its changes, batch by batch) is merged in any way without editing again.
-Every third record is scored, with its rewrite, its paraphrases and three of its neighbours.
-"""
+"""Mergers of the same edits, scored and compared in pairs, alone and with routers: the tables of the page."""
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-import yaml
 from numpy.typing import NDArray
 from tabulate import tabulate
-from torch import Tensor
 
-from editors.api import EditRequest
-from editors.sites import device_of, sites_for
-from harness import onednn
-from harness.data import EditCase, load_dataset, local_copy, prompt_rows, select
-from harness.deltas import state_path
-from harness.keys import Solver, contexts_of, keyed_layers, keys_path, read_keys, write_keys
-from harness.metrics import harmonic_mean, resampling_counts, tabulate_cell
-from harness.models import edit_in_float32, find_model, load_model, weights_in_place
-from harness.paths import read_lines, write_lines_gz
-from harness.replay import Replay, added, edited_parameters
-from harness.run import answer_fields, run_grid, statistics_of
-from harness.scoring import Query, score
-from harness.spec import CELLS, RunSpec, has_ratio, resolve
-from merging import MERGERS, Keys, MergeChain, Merger
-from reports.names import weights_name
-from studies.records import EDITS
+from harness.capability import Suite, load_suite
+from harness.metrics import harmonic_mean, resampling_counts, shown_rows, tabulate_cell, task_values
+from reports.figures import CELL_STYLES, RATIO_STYLES, Figure, Panel, Point, Series, batches_figure
+from reports.names import EDITOR_NAMES, TASK_NAMES
+from routing import Embed
+from studies.edits import BASELINE, UNEDITED, Edited, Row, Way, make_edits
+from studies.routers import decisions
+from tasks import SIX
 
 EDITORS = ("memit", "alphaedit")
-CHOSEN: dict[str, dict[str, Any]] = {"shrink": {"scale": 0.8}}  # on the choosing half; refit: its defaults
-REPORTED = ("self-aware", "refit", "shrink", "ema", "ties", "dare", "random", "low-rank", "energy")
-ROUTERS = ("topk", "subject&relation", "calibrated")
-TRIED = (  # on the choosing half
-    "self-aware", "shrink:scale=0.7", "shrink:scale=0.8", "shrink:scale=0.85", "shrink:scale=0.9", "refit",
-    "refit:scale=0.9", "refit:ridge=500", "refit:ridge=8000", "refit:anchor=base,ridge=500",
+CHOSEN_WITH = "memit"  # the editor whose edits of the choosing half the settings are chosen on
+BASE, PAPER = Way(BASELINE), Way("self-aware")
+SHRUNK = Way.of("shrink", scale=0.8)  # the best shrinkage of the choosing half
+BEST = Way("refit")
+CONTROLS = tuple(Way(name) for name in ("ema", "ties", "dare", "random", "low-rank", "energy"))
+REPORTED = (BASE, PAPER, SHRUNK, *CONTROLS, BEST)
+TRIED = (
+    BASE, PAPER, *(Way.of("shrink", scale=scale) for scale in (0.7, 0.8, 0.85, 0.9)), BEST,
+    Way.of("refit", scale=0.9), Way.of("refit", ridge=500), Way.of("refit", ridge=8000),
 )  # fmt: skip
-BATCHES, RATIO = 10, 0.85
-PARAGRAPHS, TOKENS = ("wiki_paragraphs*.jsonl",), 120_000  # of the covariance
-EVERY, NEIGHBORS = 3, 3  # of a batch's records, and of a record's neighbours, those that are scored
-BASELINE = "none"  # in place of a merger: the edited weights
+DRAWN = (BASE, PAPER, SHRUNK, BEST)
+ROUTERS = ("topk", "subject&relation", "calibrated")
+ORACLE = "oracle"
+COLUMNS = ("efficacy", "generalization", "locality", "Score")
 Array = NDArray[np.float64]
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to merge: a merger with the fields of its config, or the baseline."""
-
-    merger: str
-    settings: Mapping[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> "Way":
-        """From ``NAME`` or ``NAME:FIELD=VALUE,FIELD=VALUE``."""
-        name, _, fields = text.partition(":")
-        if name not in (BASELINE, *MERGERS):
-            raise ValueError(f"unknown merger {name!r}; known: {', '.join((BASELINE, *MERGERS))}")
-        pairs = (field.partition("=") for field in fields.split(",") if field)
-        return cls(name, {field: yaml.safe_load(value) for field, _, value in pairs})
-
-    def __str__(self) -> str:
-        fields = ",".join(f"{name}={value}" for name, value in sorted(self.settings.items()))
-        return f"{self.merger}:{fields}" if fields else self.merger
-
-
-class Edited:
-    """An editor's changes in a run folder, on the model they were made on; results are kept in ``work``."""
-
-    def __init__(
-        self, folder: Path, editor: str, work: Path, *, batches: int | None = None, data: str | None = None
-    ) -> None:
-        """batches: only the first so many (of an unfinished run); all by default."""
-        info = json.loads((folder / "run.json").read_text())
-        self.spec = RunSpec.from_json(info["spec"])
-        self.folder, self.editor, self.work = folder, editor, work
-        self.run_id: str = info["run_id"]
-        self.count = batches or self.spec.num_batches
-        selection, _ = select(
-            load_dataset(self.spec.dataset, data),
-            edits=self.spec.edits, negatives=1, order=self.spec.select, seed=self.spec.seed,
-        )  # fmt: skip
-        size = self.spec.batch_size
-        self.batches = [selection.cases[i * size : (i + 1) * size] for i in range(self.count)]
-
-    @cached_property
-    def loaded(self) -> Any:
-        """The model, its linear layers packed as in a run."""
-        spec = self.spec
-        loaded = load_model(
-            spec.model, find_model(spec.model), dtype=getattr(torch, spec.dtype), device=spec.device
-        )
-        names = edited_parameters(spec, loaded.model)
-        edit_in_float32(loaded.model, names)
-        if onednn.available():
-            onednn.pack_linears(loaded.model, leave=set(names))
-        return loaded
-
-    @cached_property
-    def replay(self) -> Replay:
-        """The changes, on the unedited weights."""
-        model = self.loaded.model
-        names = edited_parameters(self.spec, model)
-        base = {name: model.get_parameter(name).detach().clone() for name in names}
-        return Replay(folder=self.folder, spec=self.spec, base=base, device=device_of(model))
-
-    def keys(self, batch: int) -> dict[str, Keys]:
-        """A batch's keys; those of all batches are taken where the run has none and neither has ``work``."""
-        for place in (self.folder, self.work / self.run_id):
-            path = keys_path(place, self.editor, batch)
-            if path.is_file():
-                return read_keys(path, self.replay.device)
-        self._take_keys()
-        return read_keys(path, self.replay.device)
-
-    def _take_keys(self) -> None:
-        loaded, config = self.loaded, self.spec.editor(self.editor).config
-        statistics = statistics_of(self.spec, loaded, config.layers, progress=lambda done, total: None)
-        solver = Solver(statistics.covariance, self.replay.device)
-        contexts = contexts_of(state_path(self.folder, self.editor))
-        layers = keyed_layers(list(self.replay.base), sites_for(loaded.model), config.layers)
-        weights = dict(self.replay.base)
-        for number, cases in enumerate(self.batches, start=1):
-            weights = added(weights, self.replay.delta(self.editor, number))
-            path = keys_path(self.work / self.run_id, self.editor, number)
-            if path.is_file():
-                continue
-            requests: list[EditRequest] = [case.request for case in cases]
-            with weights_in_place(loaded.model, weights):
-                write_keys(path, loaded.model, loaded.tokenizer, requests, contexts, layers, solver)
-
-    def merged(self, way: Way) -> dict[str, Tensor]:
-        """The weights after the last batch."""
-        weights = dict(self.replay.base)
-        chain, keyed = None, False
-        if way.merger != BASELINE:
-            config, kind = MERGERS[way.merger]
-            merger: Merger = kind(config(**way.settings))
-            chain, keyed = MergeChain(merger, weights), merger.needs_keys
-        for batch in range(1, self.count + 1):
-            delta = self.replay.delta(self.editor, batch)
-            if chain is None:
-                weights = added(weights, delta)
-            else:
-                weights = chain.step(delta, self.keys(batch) if keyed else None)
-        return weights
-
-
-def score_merger(edited: Edited, way: Way) -> list[Row]:
-    """Every scored prompt under weights merged in some way, as rows of ``cases.jsonl.gz``; kept on disk."""
-    said = json.dumps([edited.run_id, edited.editor, edited.count, EVERY, NEIGHBORS, str(way)])
-    path = edited.work / "outcomes" / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.jsonl.gz"
-    if path.is_file():
-        return list(read_lines(path))
-    parts = [batch[::EVERY] for batch in edited.batches]
-    found = [(row, Query(row["prompt"], case.request.target_new, case.target_true))
-             for row, case in prompt_rows(parts, _prompts)]  # fmt: skip
-    loaded = edited.loaded
-    cast = {name: weight.to(loaded.model.dtype) for name, weight in edited.merged(way).items()}
-    with weights_in_place(loaded.model, cast):
-        answers = score(loaded.model, loaded.tokenizer, [query for _, query in found])
-    rows: list[Row] = [
-        {**row, **answer_fields(answer)} for (row, _), answer in zip(found, answers, strict=True)
-    ]
-    write_lines_gz(path, rows)
-    return rows
-
-
-def _prompts(case: EditCase) -> dict[str, tuple[str, ...]]:
-    return {kind: texts[:NEIGHBORS] if kind == "neighborhood" else texts
-            for kind, texts in case.prompts.items()}  # fmt: skip
+Sent = Sequence[bool]  # of every prompt, whether it goes to the edited model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +48,7 @@ class Outcomes:
 
     @classmethod
     def of(cls, runs: Sequence[Sequence[Row]]) -> "Outcomes":
-        """runs: for each its rows under one weight set, of ``score_merger`` or ``cases.jsonl.gz``."""
+        """runs: for each its rows under one weight set, as ``cases.jsonl.gz`` has them."""
         records = {
             case_id: i for i, case_id in enumerate(dict.fromkeys(r["case_id"] for rows in runs for r in rows))
         }
@@ -210,13 +66,14 @@ class Outcomes:
         """
         some = slice(None) if batch is None else self.batch == batch
         weights = counts[:, self.record[some]]
-        rates = weights @ self.success[some] / weights.sum(axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):  # a resample may have no record of a batch
+            rates = weights @ self.success[some] / weights.sum(axis=1, keepdims=True)
         return np.column_stack([rates, harmonic_mean(rates)])
 
 
 @dataclass(frozen=True)
 class Value:
-    """A figure in percent, its difference to another way to merge, and that one's 95 % interval."""
+    """A figure in percent, its difference to another one, and that one's 95 % interval."""
 
     value: float
     difference: float
@@ -226,12 +83,6 @@ class Value:
     @property
     def change(self) -> str:
         return f"{self.difference:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
-
-    def __str__(self) -> str:
-        return f"{self.value:.1f} ({self.change})"
-
-
-COLUMNS = ("efficacy", "generalization", "locality", "Score")
 
 
 def compare(
@@ -251,104 +102,173 @@ def compare(
     }
 
 
-def table(edited: Sequence[Edited], ways: Sequence[Way], against: Way) -> str:
-    """Every way to merge beside one of them, over one or several runs of the same records."""
-    base = Outcomes.of([score_merger(run, against) for run in edited])
-    rows = []
-    for way in ways:
-        own = Outcomes.of([score_merger(run, way) for run in edited])
-        whole = compare(own, base)
-        batches = {b: compare(own, base, batch=b)["Score"] for b in np.unique(own.batch).tolist()}
-        picked = [batches.get(b) for b in (1, 5, 10)]
-        changes = " ".join(f"{value.difference:+.1f}" for value in batches.values())
-        rows.append([
-            str(way), *(f"{whole[name].value:.1f}" for name in COLUMNS[:3]), str(whole["Score"]),
-            *("" if value is None else f"{value.value:.1f}" for value in picked), changes,
-        ])  # fmt: skip
-    headers = [
-        "merger",
-        "eff",
-        "gen",
-        "loc",
-        f"Score (to {against})",
-        "@1",
-        "@5",
-        "@10",
-        "Score by batch, change",
-    ]
-    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
-
-
-def study(halves: Mapping[str, Path], data: str, out: Path, *, device: str) -> dict[str, str]:
-    """The tables of mergers by name; runs that ``out`` lacks are made, or gone on with.
+def study(
+    halves: Mapping[str, Path], data: str, out: Path, embed: Embed, *, device: str
+) -> tuple[dict[str, str], list[Figure]]:
+    """The tables of mergers by name, and their figures; edits that ``out`` lacks are made, or gone on with.
 
     halves: name -> records, "choose" and the orders of those that are reported.
     """
-    runs = {name: _run(name, path, data, out / "runs" / name, device) for name, path in halves.items()}
-    orders = [run for name, run in runs.items() if name != "choose"]
-    parts = {}
-    for editor in EDITORS:
-        chosen_on = [Edited(runs["choose"], editor, out / "work", data=data)]
-        ways = [Way.parse(text) for text in (BASELINE, *TRIED)]
-        parts[f"mergers chosen {editor}"] = table(chosen_on, ways, Way(BASELINE, {}))
-        parts[f"mergers {editor}"] = _report(orders, editor)
-    return parts
+    suite, work = load_suite(SIX, data), out / "work"
+    orders = [name for name in halves if name != "choose"]
+
+    def edited(name: str, editor: str) -> Edited:
+        order = 0 if name == "choose" else int(name.rpartition("-")[2])
+        folder = out / "edits" / f"{name}-{editor}"
+        make_edits(halves[name], editor, data, folder, order=order, device=device)
+        return Edited(folder, work, data=data)
+
+    chosen_on = [edited("choose", CHOSEN_WITH)]
+    parts = {"mergers chosen": merger_table(chosen_on, TRIED, (BASE, SHRUNK))}
+    runs = {editor: [edited(name, editor) for name in orders] for editor in EDITORS}
+    for editor, own in runs.items():
+        parts[f"mergers {editor}"] = merger_table(own, REPORTED, (BASE, SHRUNK))
+        parts[f"routed {editor}"] = routed_table(own, [halves[name] for name in orders], embed)
+    parts["general tasks"] = task_table([own[0] for own in runs.values()], suite)
+    return parts, [merger_figure(runs)]
 
 
-def _run(name: str, records: Path, data: str, out: Path, device: str) -> Path:
-    """A run folder of one half in one order; of the choosing half the edited weights alone are scored."""
-    given: dict[str, Any] = {
-        "dataset": str(records), "select": "first", "editors": EDITORS, "device": device, "seed": 0,
-        "stats": str(local_copy(data, PARAGRAPHS)), "limit_stats": TOKENS, "cells": ("baseline",),
-        "batch_size": EDITS // BATCHES, "num_batches": BATCHES,
-    }  # fmt: skip
-    overrides = []
-    if name != "choose":
-        order = int(name.rpartition("-")[2])
-        given |= {"seed": order, "cells": CELLS, "merger": REPORTED, "router": ROUTERS}
-        given["capability"] = ("none",) if order else ("six",)
-        overrides = [f"{m}.{field}={value}" for m, own in CHOSEN.items() for field, value in own.items()]
-    if run_grid(resolve(given, overrides), out=out, data=data):
-        raise ValueError(f"{out}: cells of the run failed; its records say which, and why")
-    return out
-
-
-def _report(orders: Sequence[Path], editor: str) -> str:
-    """Every merger beside the edited weights and beside the shrunk ones, the orders pooled."""
-    cases = [list(read_lines(run / "cases.jsonl.gz")) for run in orders]
-
-    def outcomes(weights: str) -> Outcomes:
-        return Outcomes.of([[row for row in rows if row["weights"] == weights] for rows in cases])
-
-    names = {"baseline": editor} | {
-        merger: weights_name(editor, merger, RATIO if has_ratio(merger) else None, REPORTED, (RATIO,))
-        for merger in REPORTED
-    }
-    own = {name: outcomes(weights) for name, weights in names.items()}
+def merger_table(runs: Sequence[Edited], ways: Sequence[Way], beside: Sequence[Way]) -> str:
+    """Every way to merge over one or several runs of the same records, its Score beside that of others."""
+    own = {way: Outcomes.of([run.outcomes(way) for run in runs]) for way in dict.fromkeys((*ways, *beside))}
     rows = []
-    for name, found in own.items():
-        whole, beside = compare(found, own["baseline"]), compare(found, own["shrink"])
-        batches = [compare(found, own["baseline"], batch=b + 1)["Score"].difference for b in range(BATCHES)]
+    for way in ways:
+        differences = [compare(own[way], own[other])["Score"] for other in beside]
+        by_batch = [
+            compare(own[way], own[beside[0]], batch=batch)["Score"]
+            for batch in np.unique(own[way].batch).tolist()
+        ]
         rows.append([
-            name, *(f"{whole[column].value:.1f}" for column in COLUMNS[:3]), str(whole["Score"]),
-            beside["Score"].change, f"{min(batches):+.1f}",
+            str(way), *_values(own[way]),
+            *("" if other == way else found.change
+              for other, found in zip(beside, differences, strict=True)),
+            "" if way == beside[0] else f"{min(found.difference for found in by_batch):+.1f}",
+            "" if way == beside[0] else by_batch[-1].change,
         ])  # fmt: skip
-    headers = ("merger", *COLUMNS[:3], "Score (to baseline)", "to shrink", "worst batch")
+    headers = ("merger", *COLUMNS, *(f"Score to {other}" for other in beside), "worst batch", "last batch")
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
 
 
+def routed_table(runs: Sequence[Edited], records: Sequence[Path], embed: Embed) -> str:
+    """Routers over the edited and over merged weights; bounds are all-edited and the oracle.
+
+    records: the file of each run's records, whose first are its edits.
+    """
+    ways = (BASE, PAPER, BEST)
+    sent: dict[str, list[Sent]] = {
+        router: [
+            [found.expert is not None for found in decisions(router, {}, path, run.prompts, embed)]
+            for run, path in zip(runs, records, strict=True)
+        ]
+        for router in ROUTERS
+    }
+    unedited = [run.outcomes(Way(UNEDITED)) for run in runs]
+    sent[ORACLE] = [[row["kind"] != "neighborhood" for row in rows] for rows in unedited]
+    sent = {"all edited": [[True] * len(rows) for rows in unedited], **sent}
+    rows = []
+    for way in ways:
+        edited = [run.outcomes(way) for run in runs]
+        found = {router: routed(edited, unedited, decided) for router, decided in sent.items()}
+        for router, outcomes in found.items():
+            beside = compare(outcomes, found["topk"])["Score"]
+            rows.append((str(way), router, *_values(outcomes), "" if router == "topk" else beside.change))
+    headers = ("merger", "router", *COLUMNS, "Score to topk")
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+
+
+def routed(
+    edited: Sequence[Sequence[Row]], unedited: Sequence[Sequence[Row]], sent: Sequence[Sent]
+) -> Outcomes:
+    """Outcomes where each prompt is answered by the weights that it is sent to."""
+    runs = [
+        shown_rows(rows, plain, ["edited" if to_edited else "unedited" for to_edited in decided])
+        for rows, plain, decided in zip(edited, unedited, sent, strict=True)
+    ]
+    return Outcomes.of(runs)
+
+
+def _values(outcomes: Outcomes) -> list[str]:
+    """The four figures in percent."""
+    once = np.ones((1, int(outcomes.record.max()) + 1))
+    return [f"{100 * value:.1f}" for value in outcomes.rates(once)[0]]
+
+
+def task_table(runs: Sequence[Edited], suite: Suite) -> str:
+    """Weighted F1 on the general tasks, and its mean beside that of the edited weights."""
+    rows = [("unedited", "", *_task_cells(runs[0].abilities(Way(UNEDITED), suite), None, suite))]
+    for run in runs:
+        base = run.abilities(BASE, suite)
+        title = EDITOR_NAMES[run.editor]
+        rows.append((title, str(BASE), *_task_cells(base, None, suite)))
+        rows.append((title, str(BEST), *_task_cells(run.abilities(BEST, suite), base, suite)))
+    headers = ("weights", "merger", *(TASK_NAMES[name] for name in suite.names), "mean", "mean to none")
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _task_cells(rows: Sequence[Row], base: Sequence[Row] | None, suite: Suite) -> list[str]:
+    """F1 of every task, their mean, and the mean's difference to other weights, records resampled."""
+    value, drawn = _f1(rows, suite)
+    difference = ""
+    if base is not None:
+        before, before_drawn = _f1(base, suite)
+        spread = (drawn - before_drawn).mean(axis=0)
+        low, high = np.quantile(spread, (0.025, 0.975))
+        difference = Value(0.0, *(float(100 * x) for x in (value.mean() - before.mean(), low, high))).change
+    return [*(f"{100 * one:.1f}" for one in value), f"{100 * value.mean():.1f}", difference]
+
+
+def _f1(rows: Sequence[Row], suite: Suite) -> tuple[Array, Array]:
+    """Weighted F1 (tasks,) and that of each resample (tasks, resamples)."""
+    found = []
+    for number, name in enumerate(suite.names):
+        own = [row for row in rows if row["kind"] == f"task:{name}"]
+        found.append(task_values(own, resampling_counts(len(own), number))["f1_weighted"])
+    return np.array([value for value, _ in found]), np.array([drawn for _, drawn in found])
+
+
+def merger_figure(runs: Mapping[str, Sequence[Edited]]) -> Figure:
+    """Score of every edit batch at the end, by merger; a panel per editor."""
+    panels = []
+    styles = (CELL_STYLES["baseline"], CELL_STYLES["+MM"], *RATIO_STYLES[:2])
+    for editor, own in runs.items():
+        series = []
+        for way, style in zip(DRAWN, styles, strict=True):
+            outcomes = Outcomes.of([run.outcomes(way) for run in own])
+            whole, batches = _score_points(outcomes)
+            label = "edited" if way == BASE else str(way)
+            series.append(Series(label=label, style=style, points=batches, pooled=whole))
+        panels.append(Panel(title=EDITOR_NAMES[editor], series=tuple(series)))
+    return batches_figure(
+        panels,
+        name="mergers",
+        title="Score per batch by merger",
+        caption="Score of each edit batch and of all batches after the last one, orders pooled. Lines "
+        "through the markers on the right: 95 % bootstrap intervals over records.",
+        label="Score (%)",
+    )
+
+
+def _score_points(outcomes: Outcomes) -> tuple[Point, tuple[Point, ...]]:
+    """Score of all edits with its interval, and of every batch without."""
+    records = int(outcomes.record.max()) + 1
+    once, drawn = np.ones((1, records)), resampling_counts(records, 0)
+    low, high = np.quantile(100 * outcomes.rates(drawn)[:, 3], (0.025, 0.975))
+    batches = [100 * float(outcomes.rates(once, b)[0, 3]) for b in np.unique(outcomes.batch).tolist()]
+    whole = Point(value=100 * float(outcomes.rates(once)[0, 3]), low=float(low), high=float(high))
+    return whole, tuple(Point(value=value) for value in batches)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table of some ways to merge what one editor changed in some run folders."""
+    """Print the table of some ways to merge what an editor changed in some run folders."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, of the same records")
-    parser.add_argument("--editor", required=True)
+    parser.add_argument("folders", nargs="+", type=Path, help="runs of one editor and the same records")
     parser.add_argument("--work", required=True, type=Path, help="folder for keys and outcomes")
     parser.add_argument("--ways", nargs="+", type=Way.parse, required=True, help="NAME[:FIELD=VALUE,...]")
-    parser.add_argument("--against", type=Way.parse, default=Way(BASELINE, {}))
+    parser.add_argument("--beside", nargs="+", type=Way.parse, default=[BASE])
     parser.add_argument("--batches", type=int, help="only the first so many")
     args = parser.parse_args(argv)
-    runs = [Edited(folder, args.editor, args.work, batches=args.batches) for folder in args.folders]
-    sys.stdout.write(table(runs, args.ways, args.against) + "\n")
+    runs = [Edited(folder, args.work, batches=args.batches) for folder in args.folders]
+    sys.stdout.write(merger_table(runs, args.ways, args.beside) + "\n")
     return 0
 
 

@@ -68,15 +68,15 @@ def decisions(
     router: str,
     settings: Mapping[str, Mapping[str, Any]],
     records: Path,
-    probes: Sequence[RouteProbe],
+    texts: Sequence[str],
     embed: Embed,
     edits: int = 1000,
     aliases: bool = False,
 ) -> list[Decision]:
-    """What a router by name decides on each probe."""
+    """What a router by name decides on each text."""
     made = build(router, embed, settings)
     Corpus.of(records, edits).fill(made, aliases=aliases)
-    return made.route([probe.prompt for probe in probes])
+    return made.route(texts)
 
 
 @dataclass(frozen=True)

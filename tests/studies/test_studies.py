@@ -2,22 +2,33 @@
 
 import json
 import random
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score
 
+from benchmarks.tiny import HashedWords, tiny_model, tiny_records, tiny_texts, tiny_tokenizer
 from harness.metrics import RESAMPLES
-from harness.paths import write_lines_gz
-from harness.spec import RunSpec
-from studies import mergers
+from harness.paths import read_lines
+from harness.run import run_grid
+from harness.spec import RunSpec, resolve
+from reports.figures import write_figures
+from routing import Decision
+from studies import edits, mergers
 from studies import records as halves_of
 from studies.__main__ import splice
-from studies.mergers import Outcomes, compare
+from studies.edits import UNEDITED, Edited, Way
+from studies.mergers import Outcomes, compare, merger_table
 from studies.records import halves, related, write_halves
 
 Row = dict[str, Any]
+Wins = NDArray[np.bool_]
 
 
 def record(case_id: int, relation: str, template: str, subject: str, *, original: bool) -> Row:
@@ -141,57 +152,205 @@ def test_a_difference_is_paired_over_records_and_pooled_over_orders() -> None:
     assert all((value.difference, value.low, value.high) == (0, 0, 0) for value in same.values())
 
 
-def test_mergers_are_reported_beside_the_edited_and_the_shrunk_weights(tmp_path: Path) -> None:
+class Asked:
+    """Stands for edits whose outcomes are known."""
+
+    def __init__(self, editor: str, rows: Mapping[str, Sequence[Row]]) -> None:
+        self.editor, self.rows = editor, rows
+        self.prompts = [row["prompt"] for row in next(iter(rows.values()))]
+
+    def outcomes(self, way: Way) -> Sequence[Row]:
+        return self.rows[str(way)]
+
+    def abilities(self, way: Way, suite: Any) -> Sequence[Row]:
+        return self.rows[str(way)]
+
+
+def asked(ways: Sequence[Way], *, runs: int = 2) -> tuple[list[Any], dict[str, Wins]]:
+    """Runs of 20 records in ten batches, and what they got right: (runs, records, kinds) of each way."""
     draw = np.random.default_rng(1)
-    names = {
-        "baseline": "memit", "self-aware": "memit+MM",
-        **{merger: f"memit+MM@{merger}" for merger in mergers.REPORTED if merger != "self-aware"},
-    }  # fmt: skip
-    wins = {name: draw.random((2, 20, 3)) < 0.7 for name in names}
-    for order in range(2):
-        ids, batches = list(range(20)), [1 + i // 2 for i in range(20)]
-        rows = [
-            row | {"weights": weights}
-            for name, weights in names.items()
-            for row in outcome_rows(wins[name][order], ids, batches)
-        ]
-        write_lines_gz(tmp_path / str(order) / "cases.jsonl.gz", rows)
-    lines = mergers._report([tmp_path / "0", tmp_path / "1"], "memit").splitlines()[2:]
-    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines}
-    assert cells.keys() == names.keys()
+    wins = {str(way): draw.random((runs, 20, 3)) < 0.7 for way in ways}
+    ids, batches = list(range(20)), [1 + i // 2 for i in range(20)]
+    return [
+        Asked("memit", {way: outcome_rows(own[run], ids, batches) for way, own in wins.items()})
+        for run in range(runs)
+    ], wins
+
+
+def cells_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def test_mergers_stand_beside_the_edited_and_the_shrunk_weights() -> None:
+    runs, wins = asked(mergers.REPORTED)
+    rows = cells_of(merger_table(runs, mergers.REPORTED, (mergers.BASE, mergers.SHRUNK)))
+    assert [row[0] for row in rows] == [str(way) for way in mergers.REPORTED]
     scores = {name: 100 * score_of(own.reshape(-1, 3)) for name, own in wins.items()}
-    for name, (efficacy, *_, score, beside, worst) in cells.items():
+    for name, efficacy, _, _, score, to_base, to_shrunk, worst, last in rows:
         assert efficacy == f"{100 * wins[name].reshape(-1, 3)[:, 0].mean():.1f}"
-        assert score.startswith(f"{scores[name]:.1f} ({scores[name] - scores['baseline']:+.1f} [")
-        assert beside.startswith(f"{scores[name] - scores['shrink']:+.1f} [")
+        assert score == f"{scores[name]:.1f}"
         by_batch = [
             100 * (score_of(wins[name][:, 2 * b : 2 * b + 2].reshape(-1, 3))
-                   - score_of(wins["baseline"][:, 2 * b : 2 * b + 2].reshape(-1, 3)))
+                   - score_of(wins["none"][:, 2 * b : 2 * b + 2].reshape(-1, 3)))
             for b in range(10)
         ]  # fmt: skip
-        assert worst == f"{min(by_batch):+.1f}"
+        if name == "none":
+            assert to_base == worst == last == ""
+        else:
+            assert to_base.startswith(f"{scores[name] - scores['none']:+.1f} [")
+            assert worst == f"{min(by_batch):+.1f}"
+            assert last.startswith(f"{by_batch[-1]:+.1f} [")
+        shrunk = f"{scores[name] - scores[str(mergers.SHRUNK)]:+.1f} ["
+        assert to_shrunk.startswith(shrunk) if name != str(mergers.SHRUNK) else to_shrunk == ""
 
 
-def test_runs_of_the_halves_are_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wiki_paragraphs.jsonl").write_text('{"text": "x"}\n')
-    (tmp_path / "records.jsonl").touch()
-    made: dict[str, RunSpec] = {}
+def test_a_routed_prompt_is_answered_by_the_weights_that_it_is_sent_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs, wins = asked([*mergers.REPORTED, Way(UNEDITED)])
+    draw = np.random.default_rng(2)
+    sent = {(router, run): draw.random((20, 3)) < 0.5 for router in mergers.ROUTERS for run in range(2)}
 
-    def grid(spec: RunSpec, *, out: Path, data: str) -> int:
-        made[out.name] = spec
-        return int(out.name == "report-2")
+    def decided(router: str, settings: Any, path: Path, texts: Sequence[str], embed: Any) -> list[Decision]:
+        goes = sent[router, int(path.name)].ravel().tolist()
+        assert len(texts) == len(goes)
+        return [Decision(expert="edited" if go else None, score=0.0, nearest=()) for go in goes]
 
-    monkeypatch.setattr(mergers, "run_grid", grid)
-    for name in ("choose", "report-0", "report-1"):
-        mergers._run(name, tmp_path / "records.jsonl", str(tmp_path), tmp_path / name, "cpu")
-    assert made["choose"].cells == ("baseline",)
-    assert [made[name].seed for name in made] == [0, 0, 1]
-    assert made["report-0"].merger == mergers.REPORTED
-    assert made["report-0"].settings["shrink"] == mergers.CHOSEN["shrink"]
-    assert made["report-0"].capability and not made["report-1"].capability
-    assert {spec.edits for spec in made.values()} == {1000}
-    with pytest.raises(ValueError, match="report-2: cells of the run failed"):
-        mergers._run("report-2", tmp_path / "records.jsonl", str(tmp_path), tmp_path / "report-2", "cpu")
+    monkeypatch.setattr(mergers, "decisions", decided)
+    rows = cells_of(mergers.routed_table(runs, [tmp_path / "0", tmp_path / "1"], HashedWords()))
+    edited_kinds = np.array([True, True, False])
+    for way, router, efficacy, generalization, locality, score, _ in rows:
+        goes = np.stack([
+            np.full((20, 3), True) if router == "all edited"
+            else np.broadcast_to(edited_kinds, (20, 3)) if router == mergers.ORACLE
+            else sent[router, run]
+            for run in range(2)
+        ])  # fmt: skip
+        found = np.where(goes, wins[way], wins[UNEDITED]).reshape(-1, 3)
+        assert [efficacy, generalization, locality] == [f"{100 * rate:.1f}" for rate in found.mean(axis=0)]
+        assert score == f"{100 * score_of(found):.1f}"
+    assert len(rows) == 3 * (2 + len(mergers.ROUTERS))
+
+
+def test_general_tasks_are_weighed_alike() -> None:
+    suite = SimpleNamespace(names=("seqmmr_sst", "seqmmr_cola"))
+    draw = np.random.default_rng(3)
+
+    def rows(right: float) -> list[Row]:
+        found = []
+        for name in suite.names:
+            for gold, hit in zip(draw.integers(0, 2, 40), draw.random(40) < right, strict=True):
+                pred = int(gold if hit else 1 - gold)
+                logprobs = [0.0 if choice == pred else -1.0 for choice in range(2)]
+                found.append({
+                    "kind": f"task:{name}", "gold": int(gold), "pred": pred, "choice_logprobs": logprobs,
+                    "pred_generated": None, "prompt": "p",
+                })  # fmt: skip
+        return found
+
+    known = {"unedited": rows(0.9), "none": rows(0.6), "refit": rows(0.8)}
+    table = cells_of(mergers.task_table([Asked("alphaedit", known)], suite))  # type: ignore[list-item, arg-type]
+    means = {}
+    for row, name in zip(table, known, strict=True):
+        f1 = [
+            100 * f1_score(*zip(*((r["gold"], r["pred"]) for r in known[name] if r["kind"] == f"task:{task}"),
+                                strict=True), average="weighted")
+            for task in suite.names
+        ]  # fmt: skip
+        assert row[2:5] == [f"{value:.1f}" for value in (*f1, np.mean(f1))]
+        means[name] = np.mean(f1)
+    difference, low, high = map(float, re.findall(r"[+-][0-9.]+", table[2][5]))
+    assert difference == pytest.approx(means["refit"] - means["none"], abs=0.051)
+    assert low < difference < high
+    assert table[0][5] == table[1][5] == ""
+
+
+def test_batches_are_drawn_by_merger(tmp_path: Path) -> None:
+    runs, _ = asked(mergers.REPORTED)
+    figure = mergers.merger_figure({"memit": runs, "alphaedit": runs})
+    assert "The vertical axis runs from " in figure.caption
+    assert {path.name for path in write_figures([figure], tmp_path)} == {
+        f"mergers.{kind}" for kind in ("svg", "pdf", "png")
+    }
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny model, records and a corpus; six edits of it in three batches."""
+    monkeypatch.setenv("SEQMMR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(edits, "EDITS", 6)
+    monkeypatch.setattr(edits, "BATCHES", 3)
+    monkeypatch.setattr(edits, "EVERY", 2)
+    monkeypatch.setattr(edits, "NEIGHBORS", 2)
+    tiny_model("gpt2").save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer(bos=True).save_pretrained(tmp_path / "tiny")
+    for name, rows in (
+        ("records.jsonl", tiny_records(20)),
+        ("wiki_paragraphs.jsonl", [{"text": text} for text in tiny_texts(60)]),
+    ):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+SETTINGS = ("memit.layers=1,2", "memit.steps=4", "memit.covariance_weight=1", "memit.clamp_norm_factor=4")
+
+
+def test_edits_are_made_once_and_asked_as_a_run_asks_them(small: Path) -> None:
+    """Against the grid, which goes on from the same folder, scores every prompt, and merges by itself."""
+    out, records, model = small / "run", small / "records.jsonl", str(small / "tiny")
+    given: dict[str, Any] = {"order": 1, "model": model, "overrides": SETTINGS}
+    edits.make_edits(records, "memit", str(small), out, **given)
+    made = {path: path.stat().st_mtime_ns for path in (out / "deltas").rglob("*.safetensors")}
+    assert len(made) == 3
+    assert not list(out.glob("records.jsonl"))
+    ways = [
+        mergers.BASE,
+        Way(UNEDITED),
+        Way.of("shrink", scale=0.5),
+        mergers.PAPER,
+        Way.of("refit", ridge=10),
+    ]
+    edited = Edited(out, small / "work")
+    answers = {way: edited.outcomes(way) for way in ways}
+    again = Edited(out, small / "work")
+    assert [again.outcomes(way) for way in ways] == list(answers.values())
+    assert "_loaded" not in vars(again)  # it is all on disk
+
+    spec = RunSpec.from_json(json.loads((out / "run.json").read_text())["spec"])
+    assert (spec.seed, spec.edits, spec.cells) == (1, 6, ("baseline",))
+    assert run_grid(spec, out=out, data=str(small)) == 0
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    names = ("model", "dataset", "select", "editors", "device", "seed", "stats", "limit_stats")
+    plain = {name: getattr(spec, name) for name in (*names, "batch_size", "num_batches")}
+    grid = plain | {"cells": ("baseline", "+MM"), "merger": ("self-aware", "shrink", "refit")}
+    merged = small / "merged"
+    flags = [*SETTINGS, "shrink.scale=0.5", "refit.ridge=10"]
+    assert run_grid(resolve(grid, flags), out=merged, data=str(small)) == 0
+    weights = ("memit", "unedited", "memit+MM@shrink", "memit+MM", "memit+MM@refit")
+    for way, name in zip(ways, weights, strict=True):
+        whole = {
+            (row["case_id"], row["kind"], row["index"]): row
+            for row in read_lines(merged / "cases.jsonl.gz")
+            if row["weights"] == name
+        }
+        assert 0 < len(answers[way]) < len(whole)
+        assert {row["case_id"] for row in answers[way]} == {
+            case.case_id for batch in edited.batches for case in batch[::2]
+        }
+        for row in answers[way]:
+            other = whole[row["case_id"], row["kind"], row["index"]]
+            assert row["prompt"] == other["prompt"]
+            assert row["nll_new"] == pytest.approx(other["nll_new"], rel=1e-4)
+            assert row["nll_true"] == pytest.approx(other["nll_true"], rel=1e-4)
+    unlike = [[row["nll_new"] for row in rows] for rows in answers.values()]
+    assert all(a != b for i, a in enumerate(unlike) for b in unlike[:i])
+
+
+def test_ways_are_written_as_they_are_read() -> None:
+    for text in ("none", "unedited", "refit", "refit:ridge=500,scale=0.9", "refit:anchor=base"):
+        assert str(Way.parse(text)) == text
+    with pytest.raises(ValueError, match="unknown merger 'slerp'; known: unedited, none, self-aware"):
+        Way.parse("slerp")
 
 
 def test_the_page_is_changed_between_its_marks_alone(tmp_path: Path) -> None:
