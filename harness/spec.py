@@ -166,8 +166,12 @@ class RunSpec:
 
 def upgraded(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A spec as run.json has it, from a version that knew one merger and one router, in the present form."""
-    several = {name: [plain[name]] for name in ("merger", "router") if isinstance(plain.get(name), str)}
-    return {"aliases": False, "probes": False, **plain, **several}
+    if not isinstance(plain.get("merger"), str):
+        return dict(plain)
+    modules = {"self-aware": {"scale": 1.0, "scope": "layer"}, "topk": {"indexed_from": 1_000_000}}
+    several = {name: [plain[name]] for name in ("merger", "router")}
+    known = {"aliases": False, "probes": False, **plain, **several}
+    return known | {"settings": {**modules, **plain["settings"]}}
 
 
 def has_ratio(merger: str) -> bool:

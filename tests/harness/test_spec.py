@@ -21,6 +21,7 @@ from harness.spec import (
     hyperparameter_source,
     hyperparameters,
     resolve,
+    upgraded,
 )
 
 CPU = {"device": "cpu"}
@@ -347,8 +348,10 @@ def test_settings_of_mergers_and_routers_are_resolved_and_checked() -> None:
 def test_a_spec_of_one_merger_and_router_by_name_is_read() -> None:
     plain = resolve(CPU).as_json()
     older = plain | {"merger": "self-aware", "router": "topk"}
+    older["settings"] = {name: row for name, row in plain["settings"].items() if name in EDITORS}
     del older["aliases"], older["probes"]
     assert RunSpec.from_json(older) == resolve(CPU)
+    assert upgraded(older) == upgraded(plain) == plain  # so that its folder is gone on with
 
 
 @pytest.mark.parametrize(
