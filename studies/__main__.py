@@ -38,6 +38,7 @@ COMPARED: dict[str, tuple[str, Mapping[str, Mapping[str, object]]]] = {  # in wo
     "calibrated": ("calibrated", {}),
 }
 DRAWN = ("topk, k = 2 (paper)", "calibrated")  # whose scores are drawn
+ENCODED = ("topk", "subject|alias", "calibrated")  # routers that are compared with other encoders
 THRESHOLDS = (-3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0)
 TRADED = (
     "alias", "paraphrase_noisy", "chat", "neighborhood", "distracting", "same_subject",
@@ -52,12 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, metavar="FOLDER", help="local copies of the data")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="of records, probes, runs")
     parser.add_argument("--fit", action="store_true", help="fit the router 'calibrated' anew, on one half")
+    parser.add_argument(
+        "--encoders", nargs="+", default=[], metavar="ENCODER", help="others, beside minilm in a table"
+    )
     parser.add_argument("--device", default="cpu", help="of the runs of mergers; default: cpu")
     args = parser.parse_args(argv)
     try:
         halves = write_halves(args.data, args.out)
         if args.part == "routers":
-            parts = _routers(halves["choose"], halves[f"report-{ORDERS[0]}"], args.data, fit=args.fit)
+            choose, report = halves["choose"], halves[f"report-{ORDERS[0]}"]
+            parts = _routers(choose, report, args.data, fit=args.fit)
+            if args.encoders:
+                parts |= {"encoders": _encoders(choose, report, args.data, ["minilm", *args.encoders])}
         else:
             embed = encoder("minilm", cache=cache_folder("embeddings"), device="cpu")
             parts, figures = mergers.study(halves, args.data, args.out, embed, device=args.device)
@@ -117,6 +124,26 @@ def _routers(choose: Path, report: Path, data: str, *, fit: bool) -> dict[str, s
             disable_numparse=True,
         ),
     }  # fmt: skip
+
+
+def _encoders(choose: Path, report: Path, data: str, names: Sequence[str]) -> str:
+    """Routers with several encoders, ``calibrated`` fitted anew for each on one half, asked on the other."""
+    chosen_on, probes = probes_of(choose, data), probes_of(report, data)
+    asked = [probe.prompt for probe in probes]
+    lines = []
+    for name in names:
+        embed = encoder(name, cache=cache_folder("embeddings"), device="cpu")
+        compared = [routers.compare(choose, chosen_on, embed, edits) for edits in routers.SIZES]
+        fitted = report.with_name(f"calibrated-{Path(name).name}.json")
+        routers.write(routers.fit(compared, embed.identity, routers.TRAINED_ON), fitted)
+        settings = {"calibrated": {"coefficients": str(fitted)}}
+        for router in ENCODED:
+            decided = routers.decisions(router, settings, report, asked, embed)
+            shares = _scores(probes, [one.expert is not None for one in decided])
+            figures = (scaled(shares[kind].value, 1) for kind in TRADED)
+            lines.append((Path(name).name, router.replace("|", "\\|"), *figures))
+    titles = [KINDS[kind].title for kind in TRADED]
+    return tabulate(lines, ("encoder", "router", *titles), tablefmt="pipe", disable_numparse=True)
 
 
 def _rows(probes: Sequence[RouteProbe], decided: Sequence[Decision]) -> list[dict[str, object]]:
