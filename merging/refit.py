@@ -7,7 +7,8 @@ the keys to preserve, the smallest correction on preserved keys that gives every
     D = D_t + argmin_E ||E K - (V - D_t K)||^2 + lambda tr(E C E^T)
       = D_t + (V - D_t K) (K^T Y + lambda I)^-1 Y^T,    Y = C^-1 K
 
-After one batch D is the editor's own change. Where each batch was written as R_t (K_t^T Y_t + lambda I)^-1
+Nothing is corrected while little is forgotten: until ||V - D_t K|| / ||V||, over all weights together, has
+reached a share. After one batch D is the editor's own change. Where each batch was written as R_t (K_t^T Y_t + lambda I)^-1
 Y_t^T (MEMIT with this lambda), D is what one solve for all batches together gives, of the responses aimed at:
 
     D = U (K^T Y + lambda I)^-1 Y^T,    U = [U_1 .. U_t],  U_s = D_(s-1) K_s + R_s
@@ -36,6 +37,7 @@ class RefitConfig:
     ridge: float = 2000.0  # lambda, of the preserved keys: MEMIT's own, which is 15000 on larger models
     anchor: Anchor = "edited"  # edited: the least correction of the edited weights; base: the smallest change
     scale: float = 1.0  # s, on the whole change
+    forgotten: float = 0.4  # share from which edited weights are corrected; 0: always
     repeat: float = 1e-4  # relative distance of keys up to which an edit is taken for one made again
 
     def __post_init__(self) -> None:
@@ -43,6 +45,8 @@ class RefitConfig:
         if self.anchor not in get_args(Anchor):
             raise ValueError(f"unknown anchor {self.anchor!r}; known: {sorted(get_args(Anchor))}")
         checked_scale("scale", self.scale)
+        if not 0 <= self.forgotten < float("inf"):
+            raise ValueError(f"forgotten is {self.forgotten}; it must be a share, 0 or more")
         checked_share("repeat", self.repeat, zero=False, one=False)
 
 
@@ -100,15 +104,33 @@ class RefitStream:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         if batch.delta and not batch.keys:
             raise ValueError("refit was given a batch without its keys; it needs those of every batch")
-        changes = {name: self._change(name, batch.edited[name]) for name in batch.keys}
+        names = {*self._past, *batch.keys}
+        changes = {name: self._change(name, batch.edited[name]) for name in names}
         self._remember({name: _Past.of(name, keys, changes[name]) for name, keys in batch.keys.items()})
+        lost = {
+            name: past.responses - responses(past.inputs, changes[name], past.transposed)
+            for name, past in self._past.items()
+        }
+        anchored = self.config.anchor == "edited"
+        kept = anchored and self._share(lost) < self.config.forgotten
         merged = dict(batch.merged)
         for name in batch.task:
-            if name in self._past:
-                merged[name] = self._fitted(name, batch.edited[name])
-            else:
+            if name not in lost or (kept and self.config.scale == 1):
                 merged[name] = finite(name, batch.edited[name])
+                continue
+            past, change = self._past[name], changes[name] if anchored else 0.0
+            if not kept:
+                wanted = lost[name] if anchored else past.responses
+                fitted = ridge_fit(past.inputs, past.solved, wanted, self.config.ridge)
+                change = change + (fitted.T if past.transposed else fitted)
+            merged[name] = self._released(name, change)
         return merged
+
+    def _share(self, lost: dict[str, Tensor]) -> float:
+        """||V - D_t K|| / ||V|| over all weights."""
+        given = sum(float(past.responses.square().sum()) for past in self._past.values())
+        moved = sum(float(part.square().sum()) for part in lost.values())
+        return (moved / given) ** 0.5 if given else 0.0
 
     def _change(self, name: str, edited: Tensor) -> Tensor:
         """D_t = M_t - W_0 in float64, as it is stored."""
@@ -126,19 +148,10 @@ class RefitStream:
             before = self._past.get(name)
             self._past[name] = past if before is None or stay is None else before.then(past, stay)
 
-    def _fitted(self, name: str, edited: Tensor) -> Tensor:
+    def _released(self, name: str, change: Tensor) -> Tensor:
         """M~_t of one weight, in its precision."""
-        past, config = self._past[name], self.config
-        anchor, wanted = None, past.responses
-        if config.anchor == "edited":
-            anchor = self._change(name, edited)
-            wanted = wanted - responses(past.inputs, anchor, past.transposed)
-        change = ridge_fit(past.inputs, past.solved, wanted, config.ridge)
-        change = change.T if past.transposed else change
-        if anchor is not None:
-            change = anchor + change
         base = full_precision(self.base[name])
-        return (base.double() + config.scale * change.to(base.device)).to(base.dtype)
+        return (base.double() + self.config.scale * change.to(base.device)).to(base.dtype)
 
 
 def ridge_fit(inputs: Tensor, solved: Tensor, responses: Tensor, ridge: float) -> Tensor:

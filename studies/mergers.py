@@ -26,6 +26,7 @@ SHRUNK = Way.of("shrink", scale=0.8)  # the best shrinkage of the choosing half
 BEST = Way("refit")
 CONTROLS = tuple(Way(name) for name in ("ema", "ties", "dare", "random", "low-rank", "energy"))
 REPORTED = (BASE, PAPER, SHRUNK, *CONTROLS, BEST)
+ALSO = {"alphaedit": (Way.of("refit", forgotten=0),)}  # where it is not what `refit` does
 TRIED = (
     BASE, PAPER, *(Way.of("shrink", scale=scale) for scale in (0.7, 0.8, 0.85, 0.9)), BEST,
     Way.of("refit", scale=0.9), Way.of("refit", ridge=500),
@@ -122,7 +123,9 @@ def study(
     parts = {"mergers chosen": merger_table(chosen_on, TRIED, (BASE, SHRUNK))}
     runs = {editor: [edited(name, editor) for name in orders] for editor in EDITORS}
     for editor, own in runs.items():
-        parts[f"mergers {editor}"] = merger_table(own, REPORTED, (BASE, SHRUNK))
+        parts[f"mergers {editor}"] = merger_table(
+            own, (*REPORTED, *ALSO.get(editor, ())), (BASE, SHRUNK)
+        )
         parts[f"routed {editor}"] = routed_table(own, [halves[name] for name in orders], embed)
     parts["general tasks"] = task_table([own[0] for own in runs.values()], suite)
     return parts, [merger_figure(runs)]

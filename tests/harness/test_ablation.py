@@ -1432,7 +1432,7 @@ def test_generation_is_refused_where_there_is_nothing_to_generate(
 
 MODULES = [
     "--merger", "refit", "self-aware", "random", "shrink", "--router", "subject&relation", "topk",
-    "--top-k", "2", "3", "--probes",
+    "--top-k", "2", "3", "--probes", "--set", "refit.forgotten=0",
 ]  # fmt: skip
 
 

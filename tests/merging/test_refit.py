@@ -35,8 +35,9 @@ def keys_of(inputs: Tensor, seed: int, transposed: bool = False) -> dict[str, Ke
 
 
 def refit(base: Tensor, kind: str = "shadow", **choice: Any) -> MergeChain:
+    """Corrects at once, unless told otherwise."""
     config, merger = MERGERS["refit"]
-    return MergeChain(merger(config(**choice)), {"w": base}, kind)  # type: ignore[arg-type]
+    return MergeChain(merger(config(**{"forgotten": 0.0, **choice})), {"w": base}, kind)  # type: ignore[arg-type]
 
 
 def least_squares(keys: Tensor, wanted: Tensor, seed: int, ridge: float) -> Tensor:
@@ -198,12 +199,42 @@ def test_what_cannot_be_fitted_is_refused_in_a_line() -> None:
         ridge_fit(same, same, torch.ones(3, D_OUT), 1e-300)
     with pytest.raises(ValueError, match=r"unknown anchor 'last'; known: \['base', 'edited'\]"):
         MERGERS["refit"][0](anchor="last")
+    with pytest.raises(ValueError, match=r"forgotten is -0.1; it must be a share, 0 or more"):
+        MERGERS["refit"][0](forgotten=-0.1)
 
 
 def test_anchored_at_the_edited_weights_one_batch_is_left_as_it_is() -> None:
     base, ((delta, inputs),) = setting(10, 1)
     chain = refit(base, anchor="edited", ridge=5.0)
     torch.testing.assert_close(chain.step({"w": delta}, keys_of(inputs, 10))["w"], chain.edited["w"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_nothing_is_corrected_until_a_share_of_the_responses_is_forgotten(scale: float) -> None:
+    base, pairs = setting(12, 4)
+    pairs = [(0.3 * delta if batch else delta, inputs) for batch, (delta, inputs) in enumerate(pairs)]
+    change = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
+    keys, given_then = torch.empty(0, D_IN, dtype=torch.float64), torch.empty(0, D_OUT, dtype=torch.float64)
+    shares = []
+    for delta, inputs in pairs:
+        change += delta.double()
+        keys = torch.cat([keys, inputs.double()])
+        given_then = torch.cat([given_then, inputs.double() @ change.T])
+        shares.append(float((given_then - keys @ change.T).norm() / given_then.norm()))
+    assert shares == sorted(shares)
+    threshold = (shares[1] + shares[2]) / 2
+    gated = refit(base, forgotten=threshold, ridge=1.0, scale=scale)
+    always = refit(base, ridge=1.0, scale=scale)
+    for batch, (delta, inputs) in enumerate(pairs):
+        own = gated.step({"w": delta}, keys_of(inputs, 12))["w"]
+        corrected = always.step({"w": delta}, keys_of(inputs, 12))["w"]
+        if shares[batch] >= threshold:
+            assert torch.equal(own, corrected)
+        elif scale == 1:
+            assert torch.equal(own, gated.edited["w"])
+        else:
+            torch.testing.assert_close(own, base + scale * (gated.edited["w"] - base))
+    assert not torch.allclose(corrected, base + scale * (always.edited["w"] - base), atol=1e-3)
 
 
 @pytest.mark.parametrize("ridge", [0.5, 20.0])

@@ -308,7 +308,7 @@ def test_edits_are_made_once_and_asked_as_a_run_asks_them(small: Path) -> None:
         Way(UNEDITED),
         Way.of("shrink", scale=0.5),
         mergers.PAPER,
-        Way.of("refit", ridge=10),
+        Way.of("refit", ridge=10, forgotten=0),
     ]
     edited = Edited(out, small / "work")
     answers = {way: edited.outcomes(way) for way in ways}
@@ -324,7 +324,7 @@ def test_edits_are_made_once_and_asked_as_a_run_asks_them(small: Path) -> None:
     plain = {name: getattr(spec, name) for name in (*names, "batch_size", "num_batches")}
     grid = plain | {"cells": ("baseline", "+MM"), "merger": ("self-aware", "shrink", "refit")}
     merged = small / "merged"
-    flags = [*SETTINGS, "shrink.scale=0.5", "refit.ridge=10"]
+    flags = [*SETTINGS, "shrink.scale=0.5", "refit.ridge=10", "refit.forgotten=0"]
     assert run_grid(resolve(grid, flags), out=merged, data=str(small)) == 0
     weights = ("memit", "unedited", "memit+MM@shrink", "memit+MM", "memit+MM@refit")
     for way, name in zip(ways, weights, strict=True):
