@@ -8,8 +8,9 @@ the keys to preserve, the smallest correction on preserved keys that gives every
       = D_t + (V - D_t K) (K^T Y + lambda I)^-1 Y^T,    Y = C^-1 K
 
 Nothing is corrected while little is forgotten: until ||V - D_t K|| / ||V||, over all weights together, has
-reached a share. After one batch D is the editor's own change. Where each batch was written as R_t (K_t^T Y_t + lambda I)^-1
-Y_t^T (MEMIT with this lambda), D is what one solve for all batches together gives, of the responses aimed at:
+reached a share. After one batch D is the editor's own change. Where each batch was written as
+R_t (K_t^T Y_t + lambda I)^-1 Y_t^T (MEMIT with this lambda), D is what one solve for all batches together
+gives, of the responses aimed at:
 
     D = U (K^T Y + lambda I)^-1 Y^T,    U = [U_1 .. U_t],  U_s = D_(s-1) K_s + R_s
 
@@ -104,27 +105,30 @@ class RefitStream:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         if batch.delta and not batch.keys:
             raise ValueError("refit was given a batch without its keys; it needs those of every batch")
-        names = {*self._past, *batch.keys}
+        names = dict.fromkeys((*self._past, *batch.keys))
         changes = {name: self._change(name, batch.edited[name]) for name in names}
         self._remember({name: _Past.of(name, keys, changes[name]) for name, keys in batch.keys.items()})
         lost = {
             name: past.responses - responses(past.inputs, changes[name], past.transposed)
             for name, past in self._past.items()
         }
-        anchored = self.config.anchor == "edited"
-        kept = anchored and self._share(lost) < self.config.forgotten
+        kept = self.config.anchor == "edited" and self._share(lost) < self.config.forgotten
         merged = dict(batch.merged)
         for name in batch.task:
             if name not in lost or (kept and self.config.scale == 1):
                 merged[name] = finite(name, batch.edited[name])
                 continue
-            past, change = self._past[name], changes[name] if anchored else 0.0
-            if not kept:
-                wanted = lost[name] if anchored else past.responses
-                fitted = ridge_fit(past.inputs, past.solved, wanted, self.config.ridge)
-                change = change + (fitted.T if past.transposed else fitted)
+            change = changes[name] if kept else self._fitted(self._past[name], lost[name], changes[name])
             merged[name] = self._released(name, change)
         return merged
+
+    def _fitted(self, past: _Past, lost: Tensor, change: Tensor) -> Tensor:
+        """D of one weight, as it is stored; lost: V - D_t K, change: D_t."""
+        if self.config.anchor == "base":
+            fitted = ridge_fit(past.inputs, past.solved, past.responses, self.config.ridge)
+            return fitted.T if past.transposed else fitted
+        fitted = ridge_fit(past.inputs, past.solved, lost, self.config.ridge)
+        return change + (fitted.T if past.transposed else fitted)
 
     def _share(self, lost: dict[str, Tensor]) -> float:
         """||V - D_t K|| / ||V|| over all weights."""

@@ -123,9 +123,7 @@ def study(
     parts = {"mergers chosen": merger_table(chosen_on, TRIED, (BASE, SHRUNK))}
     runs = {editor: [edited(name, editor) for name in orders] for editor in EDITORS}
     for editor, own in runs.items():
-        parts[f"mergers {editor}"] = merger_table(
-            own, (*REPORTED, *ALSO.get(editor, ())), (BASE, SHRUNK)
-        )
+        parts[f"mergers {editor}"] = merger_table(own, (*REPORTED, *ALSO.get(editor, ())), (BASE, SHRUNK))
         parts[f"routed {editor}"] = routed_table(own, [halves[name] for name in orders], embed)
     parts["general tasks"] = task_table([own[0] for own in runs.values()], suite)
     return parts, [merger_figure(runs)]
