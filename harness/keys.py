@@ -58,10 +58,11 @@ def write_keys(
     state: file of the editor's state, which has its context templates; said: what identifies the batch.
     """
     sites, model = sites_for(loaded.model), loaded.model
+    changed = editor.parameters(sites)
     names = {layer: sites.weight_name(layer) for layer in sorted(editor.config.layers)}
-    layers = [layer for layer, name in names.items() if name in editor.parameters(sites)]
+    names = {layer: name for layer, name in names.items() if name in changed}
     tensors: dict[str, Tensor] = {}
-    for layer, keys in subject_keys(model, loaded.tokenizer, requests, contexts_of(state), layers):
+    for layer, keys in subject_keys(model, loaded.tokenizer, requests, contexts_of(state), list(names)):
         tensors[f"{names[layer]}.keys"] = keys.T.contiguous()
         tensors[f"{names[layer]}.solved"] = solver(layer, keys).T.to(keys.dtype).contiguous()
     write_digested(path, tensors, {"transposed": "true" if sites.transposed else "false", **said})

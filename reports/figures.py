@@ -485,7 +485,7 @@ def _ratios(content: Content, editor: str) -> Iterator[Figure]:
         ],
         rows=[replace(first, pruning_ratio=None)],
         absent="",
-        ticks=_batch_ticks(content),
+        ticks=_batch_ticks(content.batches),
         labels=("Edit batch", f"{content.main} (%)"),
         legend_title="Pruning ratio",
     )
@@ -510,7 +510,7 @@ def _modules(content: Content, editor: str) -> Iterator[Figure]:
         ],
         rows=rows,
         absent=_absent(content.cells[editor]),
-        ticks=_batch_ticks(content),
+        ticks=_batch_ticks(content.batches),
         labels=("Edit batch", f"{content.main} (%)"),
     )
 
@@ -601,8 +601,8 @@ def _progress(content: Content, editor: str) -> Iterator[Figure]:
     )
 
 
-def _batch_ticks(content: Content) -> dict[float, str]:
-    return {number: f"@{number}" for number in _thinned(range(1, content.batches + 1), 8)}
+def _batch_ticks(batches: int) -> dict[float, str]:
+    return {number: f"@{number}" for number in _thinned(range(1, batches + 1), 8)}
 
 
 def _line_figure(
@@ -619,16 +619,53 @@ def _line_figure(
     start: int = 1,
     legend_title: str | None = None,
 ) -> Iterator[Figure]:
-    """Lines on one scale, whose range the caption states; no figure where no value is known."""
+    """Lines of a run; no figure where no value is known."""
+    if any(one.known for panel in panels for one in panel.series):
+        yield _on_one_scale(
+            panels,
+            name=name,
+            title=title,
+            caption=caption,
+            more=(_setting(content, rows), absent),
+            ticks=ticks,
+            labels=labels,
+            start=start,
+            legend_title=legend_title,
+        )
+
+
+def batches_figure(panels: Sequence[Panel], *, name: str, title: str, caption: str, label: str) -> Figure:
+    """A line per series from the first batch on, panels on one scale, which the caption states.
+
+    label: of the vertical axis. Raises ValueError where no value is known.
+    """
     series = [one for panel in panels for one in panel.series]
     if not any(one.known for one in series):
-        return
-    limits = _limits(series)
+        raise ValueError("no batch has a value; give at least one")
+    ticks = _batch_ticks(max(len(one.points) for one in series))
+    labels = ("Edit batch", label)
+    return _on_one_scale(panels, name=name, title=title, caption=[caption], ticks=ticks, labels=labels)
+
+
+def _on_one_scale(
+    panels: Sequence[Panel],
+    *,
+    name: str,
+    title: str,
+    caption: Sequence[str],
+    more: Sequence[str] = (),
+    ticks: Mapping[float, str],
+    labels: tuple[str, str],
+    start: int = 1,
+    legend_title: str | None = None,
+) -> Figure:
+    """Lines on one scale, whose range stands in the caption before what it says more."""
+    limits = _limits(one for panel in panels for one in panel.series)
     axis = f"The vertical axis runs from {limits[0]} to {limits[1]}."
-    yield Figure(
+    return Figure(
         name=name,
         title=title,
-        caption=_sentences(*caption, axis, _setting(content, rows), absent),
+        caption=_sentences(*caption, axis, *more),
         draw=partial(
             _draw_lines,
             panels,
@@ -858,30 +895,6 @@ def _legible(background: Sequence[float]) -> str:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
-
-
-def batches_figure(panels: Sequence[Panel], *, name: str, title: str, caption: str, label: str) -> Figure:
-    """A line per series from the first batch on, panels on one scale, which the caption states.
-
-    label: of the vertical axis. Raises ValueError where no value is known.
-    """
-    series = [one for panel in panels for one in panel.series]
-    if not any(one.known for one in series):
-        raise ValueError("no batch has a value; give at least one")
-    low, high = limits = _limits(series)
-    count = max(len(one.points) for one in series)
-    ticks: dict[float, str] = {number: f"@{number}" for number in _thinned(range(1, count + 1), 8)}
-    draw = partial(
-        _draw_lines,
-        panels,
-        limits=limits,
-        ticks=ticks,
-        labels=("Edit batch", label),
-        start=1,
-        legend_title=None,
-    )
-    axis = f"The vertical axis runs from {low} to {high}."
-    return Figure(name=name, title=title, caption=_sentences(caption, axis), draw=draw)
 
 
 def reliability_figure(calibrations: Mapping[str, Calibration]) -> Figure:

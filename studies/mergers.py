@@ -134,18 +134,13 @@ def merger_table(runs: Sequence[Edited], ways: Sequence[Way], beside: Sequence[W
     own = {way: Outcomes.of([run.outcomes(way) for run in runs]) for way in dict.fromkeys((*ways, *beside))}
     rows = []
     for way in ways:
-        differences = [compare(own[way], own[other])["Score"] for other in beside]
-        by_batch = [
-            compare(own[way], own[beside[0]], batch=batch)["Score"]
-            for batch in np.unique(own[way].batch).tolist()
-        ]
-        rows.append([
-            str(way), *_values(own[way]),
-            *("" if other == way else found.change
-              for other, found in zip(beside, differences, strict=True)),
-            "" if way == beside[0] else f"{min(found.difference for found in by_batch):+.1f}",
-            "" if way == beside[0] else by_batch[-1].change,
-        ])  # fmt: skip
+        row = [str(way), *_values(own[way])]
+        row += ["" if way == other else compare(own[way], own[other])["Score"].change for other in beside]
+        if way != beside[0]:
+            batches = np.unique(own[way].batch).tolist()
+            found = [compare(own[way], own[beside[0]], batch=batch)["Score"] for batch in batches]
+            row += [f"{min(one.difference for one in found):+.1f}", found[-1].change]
+        rows.append(row)
     headers = ("merger", *COLUMNS, *(f"Score to {other}" for other in beside), "worst batch", "last batch")
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
 
