@@ -22,7 +22,6 @@ from torch import Tensor
 
 from editors import dense
 from editors.sites import device_of
-from harness import onednn
 from harness.check import Asked, check, general_queries
 from harness.data import Dataset, load_dataset
 from harness.deltas import (
@@ -43,10 +42,10 @@ from harness.kept_targets import KeptTargets
 from harness.keys import Solver, keys_path, write_keys
 from harness.models import (
     LoadedModel,
-    edit_in_float32,
     find_model,
     load_model,
     model_config,
+    ready_to_edit,
     tensors_digest,
     weights_in_place,
 )
@@ -239,9 +238,7 @@ class _Work:
         self.keyed = self.merge is not None and needs_keys(spec, self.merge)
         self.info = dict(manifest.info) if manifest else {}
         names = edited_parameters(spec, loaded.model)
-        edit_in_float32(loaded.model, names)
-        if onednn.available():
-            onednn.pack_linears(loaded.model, leave=set(names))
+        ready_to_edit(loaded.model, names)
         place = place_of_weights(loaded.model, names)
         self.base: Weights = {n: loaded.model.get_parameter(n).detach().to(place, copy=True) for n in names}
         self.replay = Replay(folder=out, spec=spec, base=self.base, device=device_of(loaded.model))

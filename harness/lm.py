@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness.grid import Cell, Merge, Route, cells_of, merges_of, routes_of
-from harness.models import edit_in_float32, find_model, load_model, weights_in_place
+from harness.models import find_model, load_model, ready_to_edit, weights_in_place
 from harness.paths import cache_folder
 from harness.replay import Replay, edited_parameters
 from harness.spec import RunSpec
@@ -156,7 +156,7 @@ class CellLM(RoutedLM):
             raise ValueError(f"{spec.model!r} has other weights than the run {run!r} was made with")
         model = loaded.model
         names = edited_parameters(spec, model)
-        edit_in_float32(model, names)
+        ready_to_edit(model, names)
         base = {name: model.get_parameter(name).detach().clone() for name in names}
         replay = Replay(folder=Path(run), spec=spec, base=base, device=model.device)
         *_, last = replay.history(editor, chosen.merge)

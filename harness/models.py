@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from editors.sites import sites_of
+from harness import onednn
 from harness.paths import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -260,6 +261,15 @@ def edit_in_float32(model: PreTrainedModel, names: list[str]) -> None:
             parameter.data = parameter.data.float()
         module.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype), *args[1:]))
         module.register_forward_hook(lambda module, args, out, dtype=dtype: out.to(dtype))
+
+
+def ready_to_edit(model: PreTrainedModel, names: list[str]) -> int:
+    """Keep these weights in float32, and have oneDNN compute the linear layers of all others where it can.
+
+    Returns how many layers it computes.
+    """
+    edit_in_float32(model, names)
+    return onednn.pack_linears(model, leave=set(names)) if onednn.available() else 0
 
 
 @contextmanager

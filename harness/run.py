@@ -23,7 +23,6 @@ from editors.alphaedit import AlphaEditStream
 from editors.closed_form import ClosedFormEditor
 from editors.sites import device_of, sites_for
 from editors.targets import Passes
-from harness import onednn
 from harness.cells import RecordMaker, Row
 from harness.data import Dataset, EditCase, KnowEditCase, Selection, load_dataset, prompt_rows, select
 from harness.deltas import (
@@ -53,11 +52,11 @@ from harness.kept_targets import KeptTargets
 from harness.keys import Solver, keys_path, write_keys
 from harness.models import (
     LoadedModel,
-    edit_in_float32,
     file_digest,
     find_model,
     load_model,
     model_config,
+    ready_to_edit,
     tensors_digest,
     weights_in_place,
 )
@@ -288,9 +287,7 @@ class _Run:
             {layer for e in editors for layer in (e.config.layers if keyed else e.statistics())}
         )
         names = edited_parameters(spec, loaded.model)
-        edit_in_float32(loaded.model, names)
-        packed = onednn.pack_linears(loaded.model, leave=set(names)) if onednn.available() else 0
-        folder.info["provenance"]["onednn_layers"] = packed
+        folder.info["provenance"]["onednn_layers"] = ready_to_edit(loaded.model, names)
         folder.info["provenance"]["attention"] = loaded.model.config._attn_implementation
         place = place_of_weights(loaded.model, names)
         self.base: Weights = {n: loaded.model.get_parameter(n).detach().to(place, copy=True) for n in names}

@@ -20,11 +20,10 @@ from editors.alphaedit import AlphaEditStream
 from editors.closed_form import ClosedFormEditor
 from editors.sites import sites_for
 from editors.targets import TargetConfig
-from harness import onednn
 from harness.data import EditCase
 from harness.kept_targets import KeptTargets
 from harness.metrics import edit_scores, harmonic_mean, resampling_counts, tabulate_cell
-from harness.models import LoadedModel, edit_in_float32, weights_in_place
+from harness.models import LoadedModel, ready_to_edit, weights_in_place
 from harness.progress import Stage
 from harness.run import answer_fields, batch_queries, statistics_of
 from harness.scoring import score
@@ -213,9 +212,7 @@ class Tuner:
         self.sites = sites_for(self.model)
         self.batches = [cases[i : i + batch_size] for i in range(0, len(cases), batch_size)]
         names = [self.sites.weight_name(layer) for layer in layers]
-        edit_in_float32(self.model, names)
-        if onednn.available():
-            onednn.pack_linears(self.model, leave=set(names))
+        ready_to_edit(self.model, names)
         self.base = {name: self.model.get_parameter(name).detach().clone() for name in names}
         self.targets = KeptTargets(lambda: self._is_unedited() or None)
 

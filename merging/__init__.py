@@ -1,7 +1,7 @@
 """Merging of successive changes to weights."""
 
 from merging.api import Batch, Keys, Merger, MergeStream
-from merging.chain import MergeChain, shadow_chain
+from merging.chain import MergeChain
 from merging.controls import (
     Dare,
     DareConfig,
@@ -43,5 +43,4 @@ __all__ = [
     "SelfAware",
     "SelfAwareConfig",
     "preserved_key_drift",
-    "shadow_chain",
 ]

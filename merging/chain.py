@@ -10,7 +10,7 @@ In the shadow chain tau_t = Delta_t + (M_{t-1} - M~_{t-1}): what one batch lost 
 task vector. In the merged chain tau_t = Delta_t, and what is lost is gone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -55,10 +55,3 @@ class MergeChain:
         batch = Batch(edited=edited, merged=self.merged, delta=changes, task=task, keys=keys or {})
         self.edited, self.merged = edited, self._stream.step(batch)
         return dict(self.merged)
-
-
-def shadow_chain(merger: Merger, base: Weights, deltas: Iterable[Weights]) -> Iterator[dict[str, Tensor]]:
-    """M~_1, M~_2, ... of a merger that needs no keys; deltas of the unmerged run, taken one at a time."""
-    chain = MergeChain(merger, base)
-    for delta in deltas:
-        yield chain.step(delta)

@@ -16,12 +16,11 @@ import yaml
 from torch import Tensor
 
 from editors.sites import device_of
-from harness import onednn
 from harness.capability import Evaluator, Suite
 from harness.data import EditCase, load_dataset, local_copy, prompt_rows, select
 from harness.deltas import state_path
 from harness.keys import Solver, keys_path, read_keys, write_keys
-from harness.models import edit_in_float32, find_model, load_model, weights_in_place
+from harness.models import find_model, load_model, ready_to_edit, weights_in_place
 from harness.paths import read_lines, write_lines_gz
 from harness.replay import Replay, added, edited_parameters
 from harness.run import answer_fields, run_grid, statistics_of
@@ -160,9 +159,7 @@ class Edited:
             spec.model, find_model(spec.model), dtype=getattr(torch, spec.dtype), device=spec.device
         )
         names = edited_parameters(spec, loaded.model)
-        edit_in_float32(loaded.model, names)
-        if onednn.available():
-            onednn.pack_linears(loaded.model, leave=set(names))
+        ready_to_edit(loaded.model, names)
         return loaded
 
     @cached_property

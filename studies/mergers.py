@@ -125,7 +125,7 @@ def study(
     for editor, own in runs.items():
         parts[f"mergers {editor}"] = merger_table(own, (*REPORTED, *ALSO.get(editor, ())), (BASE, SHRUNK))
         parts[f"routed {editor}"] = routed_table(own, [halves[name] for name in orders], embed)
-    parts["general tasks"] = task_table([own[0] for own in runs.values()], suite)
+    parts["general tasks"] = task_table(runs, suite)
     return parts, [merger_figure(runs)]
 
 
@@ -189,21 +189,24 @@ def _values(outcomes: Outcomes) -> list[str]:
     return [f"{100 * value:.1f}" for value in outcomes.rates(once)[0]]
 
 
-def task_table(runs: Sequence[Edited], suite: Suite) -> str:
-    """Weighted F1 on the general tasks, and its mean beside that of the edited weights."""
-    rows = [("unedited", "", *_task_cells(runs[0].abilities(Way(UNEDITED), suite), None, suite))]
-    for run in runs:
-        base = run.abilities(BASE, suite)
-        title = EDITOR_NAMES[run.editor]
-        rows.append((title, str(BASE), *_task_cells(base, None, suite)))
-        rows.append((title, str(BEST), *_task_cells(run.abilities(BEST, suite), base, suite)))
+def task_table(runs: Mapping[str, Sequence[Edited]], suite: Suite) -> str:
+    """Weighted F1 on the general tasks, mean over an editor's runs; their mean beside the edited weights."""
+    first = next(iter(runs.values()))[0]
+    rows = [("unedited", "", *_task_cells([first.abilities(Way(UNEDITED), suite)], None, suite))]
+    for editor, own in runs.items():
+        base = [run.abilities(BASE, suite) for run in own]
+        best = [run.abilities(BEST, suite) for run in own]
+        rows.append((EDITOR_NAMES[editor], str(BASE), *_task_cells(base, None, suite)))
+        rows.append((EDITOR_NAMES[editor], str(BEST), *_task_cells(best, base, suite)))
     headers = ("weights", "merger", *(TASK_NAMES[name] for name in suite.names), "mean", "mean to none")
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
 
 
-def _task_cells(rows: Sequence[Row], base: Sequence[Row] | None, suite: Suite) -> list[str]:
+def _task_cells(
+    runs: Sequence[Sequence[Row]], base: Sequence[Sequence[Row]] | None, suite: Suite
+) -> list[str]:
     """F1 of every task, their mean, and the mean's difference to other weights, records resampled."""
-    value, drawn = _f1(rows, suite)
+    value, drawn = _f1(runs, suite)
     difference = ""
     if base is not None:
         before, before_drawn = _f1(base, suite)
@@ -213,13 +216,19 @@ def _task_cells(rows: Sequence[Row], base: Sequence[Row] | None, suite: Suite) -
     return [*(f"{100 * one:.1f}" for one in value), f"{100 * value.mean():.1f}", difference]
 
 
-def _f1(rows: Sequence[Row], suite: Suite) -> tuple[Array, Array]:
-    """Weighted F1 (tasks,) and that of each resample (tasks, resamples)."""
-    found = []
+def _f1(runs: Sequence[Sequence[Row]], suite: Suite) -> tuple[Array, Array]:
+    """Weighted F1 (tasks,) and that of each resample (tasks, resamples), means over the runs.
+
+    All runs are asked the same records, which are drawn together.
+    """
+    values, drawn = [], []
     for number, name in enumerate(suite.names):
-        own = [row for row in rows if row["kind"] == f"task:{name}"]
-        found.append(task_values(own, resampling_counts(len(own), number))["f1_weighted"])
-    return np.array([value for value, _ in found]), np.array([drawn for _, drawn in found])
+        parts = [[row for row in rows if row["kind"] == f"task:{name}"] for rows in runs]
+        counts = resampling_counts(len(parts[0]), number)
+        found = [task_values(part, counts)["f1_weighted"] for part in parts]
+        values.append(np.mean([value for value, _ in found]))
+        drawn.append(np.mean([some for _, some in found], axis=0))
+    return np.array(values), np.array(drawn)
 
 
 def merger_figure(runs: Mapping[str, Sequence[Edited]]) -> Figure:
