@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from editors import Editor, EditStream, dense
 from editors.alphaedit import AlphaEditStream
 from editors.closed_form import ClosedFormEditor
-from editors.sites import device_of, sites_for
+from editors.sites import device_of, sites_for, sites_of
 from editors.targets import Passes
 from harness.cells import RecordMaker, Row
 from harness.data import Dataset, EditCase, KnowEditCase, Selection, load_dataset, prompt_rows, select
@@ -171,13 +171,22 @@ def _load_suite(spec: RunSpec, data: str | None) -> "Suite | None":
 
 
 def check_layers(spec: RunSpec, config: Any) -> None:
-    """Raise ValueError if an editor's layers are not in the model."""
+    """Raise ValueError if an editor's layers are not in the model, or not what a merger looks at."""
     count = getattr(config, "num_hidden_layers", None) or config.n_layer
     for name in spec.editors:
         highest = max(spec.editor(name).config.layers)
         if highest >= count:
             raise ValueError(
                 f"{name}: layers up to {highest} asked, {spec.model} has blocks 0 to {count - 1}"
+            )
+    keyed = sorted({merge.merger for merge in merges_of(spec) if needs_keys(spec, merge)})
+    sites = sites_of(config.model_type)
+    for name in (name for name in spec.editors if keyed and name not in NO_MERGE):
+        changed = spec.editor(name).parameters(sites)
+        if not any(sites.weight_name(layer) in changed for layer in range(count)):
+            raise ValueError(
+                f"merger {keyed[0]!r} needs keys of MLP output projections, and {name} changes none of them "
+                f"in {spec.model}; take another merger or another editor"
             )
 
 

@@ -64,6 +64,10 @@ class TaskMerger(ABC):
     def start(self, base: Weights) -> "TaskStream":
         return TaskStream(self)
 
+    def given(self, batch: Batch) -> Weights:
+        """What it keeps a part of."""
+        return batch.task
+
     @abstractmethod
     def kept(self, task: Tensor, name: str, batch: int) -> Tensor:
         """f(tau) of one parameter, of tau's shape; batch: counted from 1."""
@@ -78,7 +82,7 @@ class TaskStream:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         self.batches += 1
         merged = dict(batch.merged)
-        for name, task in batch.task.items():
+        for name, task in self.merger.given(batch).items():
             kept = self.merger.kept(finite(name, task), name, self.batches)
             merged[name] = full_precision(merged[name]) + kept
         return merged
@@ -137,9 +141,16 @@ class DareConfig:
 
 
 class Dare(TaskMerger):
-    """Drops every entry with chance p and multiplies the others by 1 / (1 - p), so that the mean stays."""
+    """Drops every entry with chance p and multiplies the others by 1 / (1 - p), so that the mean stays.
+
+    Of what the batch added, M~_t = M~_{t-1} + f(Delta_t): the task vector of the shadow chain has the errors
+    of all earlier draws in it, which each draw would multiply by p / (1 - p) in square.
+    """
 
     config: DareConfig
+
+    def given(self, batch: Batch) -> Weights:
+        return batch.delta
 
     def kept(self, task: Tensor, name: str, batch: int) -> Tensor:
         ratio = self.config.pruning_ratio

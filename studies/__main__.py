@@ -38,6 +38,7 @@ COMPARED: dict[str, tuple[str, Mapping[str, Mapping[str, object]]]] = {  # in wo
     "calibrated": ("calibrated", {}),
 }
 DRAWN = ("topk, k = 2 (paper)", "calibrated")  # whose scores are drawn
+HELD_OUT = "calibrated, relations held out"  # of the choosing half
 ENCODED = ("topk", "subject|alias", "calibrated")  # routers that are compared with other encoders
 THRESHOLDS = (-3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0)
 TRADED = (
@@ -90,10 +91,11 @@ def splice(page: Path, name: str, text: str) -> None:
 def _routers(choose: Path, report: Path, data: str, *, fit: bool) -> dict[str, str]:
     """The tables of routers by name, and their figures."""
     embed = encoder("minilm", cache=cache_folder("embeddings"), device="cpu")
-    chosen_on, probes = probes_of(choose, data), probes_of(report, data)
+    chosen_on, probes = probes_of(choose, data, half=0), probes_of(report, data, half=1)
     if fit:
-        routers.fit_all(choose, chosen_on, embed, embed.identity)
-    held_out = [routers.compare(choose, chosen_on, embed, edits) for edits in routers.SIZES]
+        held_out = routers.fit_all(choose, chosen_on, embed, embed.identity)
+    else:
+        held_out = [routers.compare(choose, chosen_on, embed, edits) for edits in routers.SIZES]
     scores = routers.leave_one_relation_out(held_out)
     asked = [probe.prompt for probe in probes]
     decided = {
@@ -104,7 +106,10 @@ def _routers(choose: Path, report: Path, data: str, *, fit: bool) -> dict[str, s
     calibrations = {name: found for name, some in rows.items() if (found := calibration(some)) is not None}
     write_figures([reliability_figure(calibrations), trade_off_figure(trade_offs(rows))], FIGURES)
     shares = {name: _scores(probes, [one.expert is not None for one in d]) for name, d in decided.items()}
-    shares["calibrated, relations held out"] = _scores(held_out[0].probes, [score >= 0 for score in scores])
+    of_held_out = [Decision(expert="edited" if s >= 0 else None, score=s, nearest=()) for s in scores]
+    shares[HELD_OUT] = _scores(held_out[0].probes, [one.expert is not None for one in of_held_out])
+    if (found := calibration(_rows(held_out[0].probes, of_held_out))) is not None:
+        calibrations[HELD_OUT] = found
     traded = {at: _scores(probes, [d.score >= at for d in decided["calibrated"]]) for at in THRESHOLDS}
     texts = [probe.prompt for probe in probes if probe.kind in ("paraphrase", "neighborhood", "chat")]
     costs = {
@@ -128,7 +133,7 @@ def _routers(choose: Path, report: Path, data: str, *, fit: bool) -> dict[str, s
 
 def _encoders(choose: Path, report: Path, data: str, names: Sequence[str]) -> str:
     """Routers with several encoders, ``calibrated`` fitted anew for each on one half, asked on the other."""
-    chosen_on, probes = probes_of(choose, data), probes_of(report, data)
+    chosen_on, probes = probes_of(choose, data, half=0), probes_of(report, data, half=1)
     asked = [probe.prompt for probe in probes]
     lines = []
     for name in names:

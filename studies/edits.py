@@ -6,7 +6,7 @@ Every third record is asked, with its rewrite, its paraphrases and three of its 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from torch import Tensor
 from editors.sites import device_of
 from harness.capability import Evaluator, Suite
 from harness.data import EditCase, load_dataset, local_copy, prompt_rows, select
-from harness.deltas import state_path
+from harness.deltas import delta_path, state_path
 from harness.keys import Solver, keys_path, read_keys, write_keys
 from harness.models import find_model, load_model, ready_to_edit, weights_in_place
-from harness.paths import read_lines, write_lines_gz
+from harness.paths import read_header, read_lines, write_lines_gz
 from harness.replay import Replay, added, edited_parameters
 from harness.run import answer_fields, run_grid, statistics_of
 from harness.scoring import Query, score
@@ -57,6 +57,15 @@ class Way:
             raise ValueError(f"unknown merger {name!r}; known: {', '.join(known)}")
         pairs = (field.partition("=") for field in fields.split(",") if field)
         return cls.of(name, **{field: yaml.safe_load(value) for field, _, value in pairs})
+
+    @property
+    def config(self) -> Any:
+        """The merger's config with its defaults, None without a merger; ValueError if a field is wrong."""
+        return MERGERS[self.merger][0](**dict(self.settings)) if self.merger in MERGERS else None
+
+    def build(self) -> Merger | None:
+        """The merger, None if there is none."""
+        return None if self.config is None else MERGERS[self.merger][1](self.config)
 
     def __str__(self) -> str:
         fields = ",".join(f"{name}={value}" for name, value in self.settings)
@@ -97,8 +106,9 @@ class Edited:
         self.spec = RunSpec.from_json(info["spec"])
         (self.editor,) = self.spec.editors
         self.folder, self.work = folder, work
-        self.run_id: str = info["run_id"]
         self.count = batches or self.spec.num_batches
+        last = read_header(delta_path(folder, self.editor, self.count))
+        self.digest = last["digest_after"]  # of the edited weights
         selection, _ = select(
             load_dataset(self.spec.dataset, data),
             edits=self.spec.edits, negatives=1, order=self.spec.select, seed=self.spec.seed,
@@ -140,7 +150,8 @@ class Edited:
 
     def _kept(self, kind: str, way: Way, asked: Sequence[Any], ask: Callable[[], list[Row]]) -> list[Row]:
         """What was asked of some weights, asked now if it is not on disk; ask: of the model as it is."""
-        said = json.dumps([self.run_id, self.editor, self.count, *asked, str(way)])
+        config = None if way.config is None else asdict(way.config)
+        said = json.dumps([self.digest, *asked, way.merger, config])
         path = self.work / kind / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.jsonl.gz"
         if path.is_file():
             return list(read_lines(path))
@@ -175,11 +186,9 @@ class Edited:
         weights = dict(self._replay.base)
         if way.merger == UNEDITED:
             return weights
-        chain, keyed = None, False
-        if way.merger != BASELINE:
-            config, kind = MERGERS[way.merger]
-            merger: Merger = kind(config(**dict(way.settings)))
-            chain, keyed = MergeChain(merger, weights), merger.needs_keys
+        merger = way.build()
+        chain = None if merger is None else MergeChain(merger, weights)
+        keyed = merger is not None and merger.needs_keys
         for batch in range(1, self.count + 1):
             delta = self._replay.delta(self.editor, batch)
             if chain is None:
@@ -196,7 +205,7 @@ class Edited:
         return read_keys(path, self._replay.device)
 
     def _keys_path(self, batch: int) -> Path:
-        return keys_path(self.work / self.run_id, self.editor, batch)
+        return keys_path(self.work / self.digest, self.editor, batch)
 
     def _take_keys(self) -> None:
         loaded, editor = self._loaded, self.spec.editor(self.editor)

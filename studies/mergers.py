@@ -31,7 +31,7 @@ TRIED = (
     BASE, PAPER, *(Way.of("shrink", scale=scale) for scale in (0.7, 0.8, 0.85, 0.9)), BEST,
     Way.of("refit", scale=0.9), Way.of("refit", ridge=500),
 )  # fmt: skip
-DRAWN = (BASE, PAPER, SHRUNK, BEST)
+COMPARED = (BASE, PAPER, SHRUNK, BEST)  # over all orders; the others over the first one
 ROUTERS = ("topk", "subject&relation", "calibrated")
 ORACLE = "oracle"
 COLUMNS = ("efficacy", "generalization", "locality", "Score")
@@ -123,9 +123,14 @@ def study(
     parts = {"mergers chosen": merger_table(chosen_on, TRIED, (BASE, SHRUNK))}
     runs = {editor: [edited(name, editor) for name in orders] for editor in EDITORS}
     for editor, own in runs.items():
-        parts[f"mergers {editor}"] = merger_table(own, (*REPORTED, *ALSO.get(editor, ())), (BASE, SHRUNK))
+        every = (*REPORTED, *ALSO.get(editor, ()))
+        parts[f"mergers {editor}"] = (
+            merger_table(own, COMPARED, (BASE, SHRUNK))
+            + "\n\nAll mergers, the first order alone:\n\n"
+            + merger_table(own[:1], every, (BASE, SHRUNK))
+        )
         parts[f"routed {editor}"] = routed_table(own, [halves[name] for name in orders], embed)
-    parts["general tasks"] = task_table(runs, suite)
+    parts["general tasks"] = task_table(runs[CHOSEN_WITH], suite)
     return parts, [merger_figure(runs)]
 
 
@@ -189,31 +194,24 @@ def _values(outcomes: Outcomes) -> list[str]:
     return [f"{100 * value:.1f}" for value in outcomes.rates(once)[0]]
 
 
-def task_table(runs: Mapping[str, Sequence[Edited]], suite: Suite) -> str:
-    """Weighted F1 on the general tasks, mean over an editor's runs; their mean beside the edited weights."""
-    first = next(iter(runs.values()))[0]
-    rows = [("unedited", "", *_task_cells([first.abilities(Way(UNEDITED), suite)], None, suite))]
-    for editor, own in runs.items():
-        base = [run.abilities(BASE, suite) for run in own]
-        best = [run.abilities(BEST, suite) for run in own]
-        rows.append((EDITOR_NAMES[editor], str(BASE), *_task_cells(base, None, suite)))
-        rows.append((EDITOR_NAMES[editor], str(BEST), *_task_cells(best, base, suite)))
-    headers = ("weights", "merger", *(TASK_NAMES[name] for name in suite.names), "mean", "mean to none")
+def task_table(runs: Sequence[Edited], suite: Suite) -> str:
+    """Weighted F1 on the general tasks, mean over an editor's runs; their mean beside other weights'."""
+    ways = (Way(UNEDITED), BASE, BEST)
+    found = {way: _f1([run.abilities(way, suite) for run in runs], suite) for way in ways[1:]}
+    found[ways[0]] = _f1([runs[0].abilities(ways[0], suite)], suite)  # the same before every run
+    rows = []
+    for place, way in enumerate(ways):
+        value, drawn = found[way]
+        row = [str(way), *(f"{100 * one:.1f}" for one in value), f"{100 * value.mean():.1f}"]
+        for other, other_drawn in (found[before] for before in ways[:place]):
+            spread = (drawn - other_drawn).mean(axis=0)
+            low, high = np.quantile(spread, (0.025, 0.975))
+            change = (100 * float(x) for x in (value.mean() - other.mean(), low, high))
+            row.append(Value(0.0, *change).change)
+        rows.append(row)
+    headers = ("merger", *(TASK_NAMES[name] for name in suite.names), "mean",
+               *(f"mean to {way}" for way in ways[:2]))  # fmt: skip
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
-
-
-def _task_cells(
-    runs: Sequence[Sequence[Row]], base: Sequence[Sequence[Row]] | None, suite: Suite
-) -> list[str]:
-    """F1 of every task, their mean, and the mean's difference to other weights, records resampled."""
-    value, drawn = _f1(runs, suite)
-    difference = ""
-    if base is not None:
-        before, before_drawn = _f1(base, suite)
-        spread = (drawn - before_drawn).mean(axis=0)
-        low, high = np.quantile(spread, (0.025, 0.975))
-        difference = Value(0.0, *(float(100 * x) for x in (value.mean() - before.mean(), low, high))).change
-    return [*(f"{100 * one:.1f}" for one in value), f"{100 * value.mean():.1f}", difference]
 
 
 def _f1(runs: Sequence[Sequence[Row]], suite: Suite) -> tuple[Array, Array]:
@@ -237,7 +235,7 @@ def merger_figure(runs: Mapping[str, Sequence[Edited]]) -> Figure:
     styles = (CELL_STYLES["baseline"], CELL_STYLES["+MM"], *RATIO_STYLES[:2])
     for editor, own in runs.items():
         series = []
-        for way, style in zip(DRAWN, styles, strict=True):
+        for way, style in zip(COMPARED, styles, strict=True):
             outcomes = Outcomes.of([run.outcomes(way) for run in own])
             whole, batches = _score_points(outcomes)
             label = "edited" if way == BASE else str(way)

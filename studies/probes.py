@@ -14,12 +14,15 @@ from harness.stats import read_texts
 from studies.records import EDITS
 from tasks import SIX
 
-TASKS, TEXTS = 50, 500  # records of each general task, and plain sentences
+TASKS, TEXTS = 50, 500  # records of each general task, and plain sentences, of either half
 PARAGRAPHS = ("wiki_paragraphs*.jsonl",)
 
 
-def probes_of(records: Path, data: str) -> list[RouteProbe]:
-    """The probes of a file of records whose first ones are edited; made where they are not kept yet."""
+def probes_of(records: Path, data: str, *, half: int) -> list[RouteProbe]:
+    """The probes of a file of records whose first ones are edited; made where they are not kept yet.
+
+    half: 0 or 1, which part of the general tasks and of the texts; the halves share none.
+    """
     path = records.with_name(f"probes-{records.stem}.jsonl")
     if path.is_file():
         return read_probes(path)
@@ -28,12 +31,11 @@ def probes_of(records: Path, data: str) -> list[RouteProbe]:
     known = {case.case_id for case in (*selection.cases, *selection.negatives)}
     others = [case for case in dataset.cases if case.case_id not in known]
     suite = load_suite(SIX, data)
-    tasks = [
-        prompt for name in suite.names for prompt in [i.prompt for i in suite.items if i.task == name][:TASKS]
-    ]
+    by_task = [[item.prompt for item in suite.items if item.task == name] for name in suite.names]
+    tasks = [prompt for prompts in by_task for prompt in prompts[half * TASKS :][:TASKS]]
     paragraphs = read_texts(str(local_copy(data, PARAGRAPHS)))
     random.Random(0).shuffle(paragraphs)
-    texts = [first_sentence(paragraph) for paragraph in paragraphs[:TEXTS]]
+    texts = [first_sentence(paragraph) for paragraph in paragraphs[half * TEXTS :][:TEXTS]]
     found = route_probes(selection.cases, others, tasks=tasks, texts=texts, seed=0)
     write_probes(path, found)
     return found

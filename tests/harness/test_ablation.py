@@ -1553,6 +1553,16 @@ def test_a_refitted_model_can_be_exported(modules: Path, tmp_path: Path) -> None
     assert not any(torch.equal(last[name], weights[name]) for name in names)
 
 
+@pytest.mark.usefixtures("no_model")
+def test_a_merger_of_keys_is_refused_for_an_editor_of_other_matrices(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = usual(files, editors=["ultraedit"], merger=["self-aware", "refit"], set=["ultraedit.up_layers=3"])
+    assert call(*wrong) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "merger 'refit' needs keys of MLP output projections, and ultraedit changes none of them" in line
+
+
 def test_the_merged_chain_takes_keys_before_it_merges(grid: Grid, tmp_path: Path) -> None:
     out = tmp_path / "run"
     flags = ["--chain", "merged", "--cells", "+MM", "--merger", "refit"]

@@ -204,6 +204,15 @@ def test_dare_drops_by_chance_and_keeps_the_mean() -> None:
     assert torch.equal(merged, torch.where(drawn < 0.75, 0.0, 12.0))
 
 
+@pytest.mark.parametrize("kind", ["shadow", "merged"])
+def test_dares_errors_add_up_and_do_not_multiply(kind: str) -> None:
+    base = {"w": torch.zeros(100, 100)}
+    steps = chain("dare", base, kind, pruning_ratio=0.8)
+    for batch in range(1, 11):
+        off = steps.step({"w": torch.ones(100, 100)})["w"] - batch
+        assert float(off.square().mean()) == pytest.approx(batch * 0.8 / 0.2, rel=0.1)
+
+
 def test_drawn_numbers_are_those_of_the_key_for_good() -> None:
     drawn = uniform(torch.zeros(2, 2), "0/1/model.w")
     torch.testing.assert_close(drawn, torch.tensor([[0.5234, 0.5764], [0.3737, 0.9854]]), rtol=0, atol=1e-4)

@@ -237,6 +237,37 @@ def test_nothing_is_corrected_until_a_share_of_the_responses_is_forgotten(scale:
     assert not torch.allclose(corrected, base + scale * (always.edited["w"] - base), atol=1e-3)
 
 
+def test_what_is_forgotten_is_one_share_of_all_weights_together() -> None:
+    """The second weight alone is below the threshold, the first and both together are above it."""
+    base, pairs = setting(14, 2)
+    config, merger = MERGERS["refit"]
+    sizes = {"much": 1.0, "little": 0.05}  # by which the second batch changes them
+    weights = {name: base.clone() for name in sizes}
+
+    def steps(forgotten: float) -> tuple[dict[str, Tensor], MergeChain]:
+        chain = MergeChain(merger(config(forgotten=forgotten, ridge=1.0)), weights)
+        for batch, (delta, inputs) in enumerate(pairs):
+            keys = keys_of(inputs, 14)["w"]
+            changes = {name: delta * (size if batch else 1.0) for name, size in sizes.items()}
+            merged = chain.step(changes, dict.fromkeys(sizes, keys))
+        return merged, chain
+
+    (first, keys), (second, others) = pairs
+    given, moved = {}, {}
+    for name, size in sizes.items():
+        both = (first + size * second).double()
+        responses = [keys.double() @ first.double().T, others.double() @ both.T]
+        given[name] = sum(float(part.square().sum()) for part in responses)
+        moved[name] = float((keys.double() @ (size * second.double()).T).square().sum())
+    alone = {name: (moved[name] / given[name]) ** 0.5 for name in sizes}
+    share = (sum(moved.values()) / sum(given.values())) ** 0.5
+    assert alone["little"] < share < alone["much"]
+    for forgotten, corrected in ((0.999 * share, True), (1.001 * share, False)):
+        merged, chain = steps(forgotten)
+        for name in sizes:
+            assert torch.equal(merged[name], chain.edited[name]) != corrected
+
+
 @pytest.mark.parametrize("ridge", [0.5, 20.0])
 def test_anchored_at_the_edited_weights_it_is_memits_solve_of_all_batches_together(ridge: float) -> None:
     base, pairs = setting(11, 3)

@@ -20,7 +20,7 @@ from harness.run import run_grid
 from harness.spec import RunSpec, resolve
 from reports.figures import write_figures
 from routing import Decision
-from studies import edits, mergers
+from studies import edits, mergers, probes
 from studies import records as halves_of
 from studies.__main__ import splice
 from studies.edits import UNEDITED, Edited, Way
@@ -250,7 +250,7 @@ def test_general_tasks_are_weighed_alike() -> None:
 
     known = [{"unedited": rows(0.9), "none": rows(0.6), "refit": rows(0.8)} for _ in range(2)]
     known[1]["unedited"] = known[0]["unedited"]
-    runs: Any = {"alphaedit": [Asked("alphaedit", ways) for ways in known]}
+    runs: Any = [Asked("memit", ways) for ways in known]
     table = cells_of(mergers.task_table(runs, suite))  # type: ignore[arg-type]
 
     answers = {
@@ -267,7 +267,7 @@ def test_general_tasks_are_weighed_alike() -> None:
             50 * sum(f1_score(*answers[run, name, task], average="weighted") for run in range(2))
             for task in suite.names
         ]
-        assert row[2:5] == [f"{value:.1f}" for value in (*own, np.mean(own))]
+        assert row[:4] == [name, *(f"{value:.1f}" for value in (*own, np.mean(own)))]
     literal = []
     for _ in range(1000):
         for task in suite.names:
@@ -278,10 +278,12 @@ def test_general_tasks_are_weighed_alike() -> None:
                 for name, sign in (("refit", 1), ("none", -1))
             ]
     spread = 100 * np.reshape(literal, (1000, 8)).sum(axis=1) / 4
-    difference, low, high = map(float, re.findall(r"[+-][0-9.]+", table[2][5]))
-    assert difference == pytest.approx(float(table[2][4]) - float(table[1][4]), abs=0.11)
+    to_unedited, to_none = (list(map(float, re.findall(r"[+-][0-9.]+", cell))) for cell in table[2][4:])
+    difference, low, high = to_none
+    assert difference == pytest.approx(float(table[2][3]) - float(table[1][3]), abs=0.11)
+    assert to_unedited[0] == pytest.approx(float(table[2][3]) - float(table[0][3]), abs=0.11)
     assert (low, high) == pytest.approx(tuple(np.quantile(spread, (0.025, 0.975))), abs=1.5)
-    assert table[0][5] == table[1][5] == ""
+    assert [len(list(filter(None, row[4:]))) for row in table] == [0, 1, 2]
 
 
 def weighted_f1(answers: np.ndarray[Any, Any]) -> float:
@@ -318,6 +320,30 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
+
+
+def test_the_probes_of_the_halves_share_no_general_task_and_no_text(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [SimpleNamespace(task=f"t{i % 2}", prompt=f"prompt {i}") for i in range(10)]
+    monkeypatch.setattr(probes, "load_suite", lambda *_: SimpleNamespace(names=("t0", "t1"), items=items))
+    for name, value in (("EDITS", 6), ("TASKS", 2), ("TEXTS", 5)):
+        monkeypatch.setattr(probes, name, value)
+    found = []
+    for half in range(2):
+        records = small / f"half-{half}.jsonl"
+        records.write_text((small / "records.jsonl").read_text())
+        asked = probes.probes_of(records, str(small), half=half)
+        assert asked == probes.probes_of(records, str(small), half=half)  # from the file
+        found.append(
+            {kind: {p.prompt for p in asked if p.kind == kind} for kind in ("rewrite", "task", "text")}
+        )
+    first, second = found
+    assert first["rewrite"] == second["rewrite"]
+    assert first["task"] == {"prompt 0", "prompt 2", "prompt 1", "prompt 3"}
+    assert second["task"] == {"prompt 4", "prompt 6", "prompt 5", "prompt 7"}
+    assert not first["text"] & second["text"]
+    assert all(len(one["text"]) == 5 for one in found)
 
 
 SETTINGS = ("memit.layers=1,2", "memit.steps=4", "memit.covariance_weight=1", "memit.clamp_norm_factor=4")
