@@ -40,8 +40,7 @@ def edit(loaded: LoadedModel, config: MemitConfig, edits: int) -> None:
     """As the harness does it, on its packed model."""
     model, sites = loaded.model, sites_for(loaded.model)
     names = {sites.weight_name(layer) for layer in config.layers}
-    if onednn.available():
-        onednn.pack_linears(model, leave=names)
+    onednn.pack_linears(model, leave=names)
     moment = random_covariance(_d_in(loaded, config))
     stream = Memit(config).start(model, loaded.tokenizer, covariance=lambda layer: moment, seed=0)
     stream.edit([case.request for case in some_cases(edits)[1]])

@@ -108,8 +108,7 @@ def smollm2() -> Subject:
         name="smollm2-135m float32", fast=fast.model, plain=plain.model, tokenizer=plain.tokenizer,
         config=config, contexts=sample_contexts(plain.model, plain.tokenizer, seed=0), data=data, cases=cases,
     )  # fmt: skip
-    if onednn.available():
-        onednn.pack_linears(subject.fast, leave=set(subject.edited))
+    onednn.pack_linears(subject.fast, leave=set(subject.edited))
     return subject
 
 

@@ -28,8 +28,10 @@ def pack_linears(model: PreTrainedModel, *, leave: set[str]) -> int:
 
     leave: names of parameters that will change; their layers stay as they are. A packed layer whose weight
     is exchanged or written to nevertheless is packed anew; writes through ``.data`` go unnoticed. Costs a
-    copy of each weight, two where gradients pass through.
+    copy of each weight, two where gradients pass through. None do where this build cannot.
     """
+    if not available():
+        return 0
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", CACHED)  # read at the first product; else 1,024
     packed = 0
     for name, module in model.named_modules():

@@ -181,7 +181,8 @@ def check_layers(spec: RunSpec, config: Any) -> None:
             )
     keyed = sorted({merge.merger for merge in merges_of(spec) if needs_keys(spec, merge)})
     sites = sites_of(config.model_type)
-    for name in (name for name in spec.editors if keyed and name not in NO_MERGE):
+    merged = [name for name in spec.editors if name not in NO_MERGE] if keyed else []
+    for name in merged:
         changed = spec.editor(name).parameters(sites)
         if not any(sites.weight_name(layer) in changed for layer in range(count)):
             raise ValueError(

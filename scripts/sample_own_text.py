@@ -22,8 +22,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     loaded = load_model(args.model, find_model(args.model), dtype=torch.float32, device="cpu")
-    if onednn.available():
-        onednn.pack_linears(loaded.model, leave=set())
+    onednn.pack_linears(loaded.model, leave=set())
     progress = lambda done, total: print(f"{done} of {total} tokens", file=sys.stderr)
     texts = sample_texts(
         loaded.model, loaded.tokenizer, tokens=args.tokens, seed=args.seed, progress=progress

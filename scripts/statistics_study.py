@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = editor_settings(args.model, ("memit", "alphaedit"))
     layers = settings["memit"]["layers"]
     names = [sites_for(model).weight_name(layer) for layer in layers]
-    if onednn.available():
-        onednn.pack_linears(model, leave=set(names))
+    onednn.pack_linears(model, leave=set(names))
     base = {name: model.get_parameter(name).detach().clone() for name in names}
     selection, _ = select(load_dataset("counterfact"), edits=EDITS, negatives=1, order="random", seed=0)
     requests = [case.request for case in selection.cases]

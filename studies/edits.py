@@ -27,10 +27,10 @@ from harness.run import answer_fields, run_grid, statistics_of
 from harness.scoring import Query, score
 from harness.spec import RunSpec, resolve
 from merging import MERGERS, Keys, MergeChain, Merger
-from studies.records import EDITS
+from studies.records import EDITS, PARAGRAPHS
 
 BATCHES = 10
-PARAGRAPHS, TOKENS = ("wiki_paragraphs*.jsonl",), 120_000  # of the covariance
+TOKENS = 120_000  # of the covariance
 EVERY, NEIGHBORS = 3, 3  # of a batch's records, and of a record's neighbours, those that are asked
 UNEDITED, BASELINE = "unedited", "none"  # in place of a merger: no edits, and the edited weights
 Row = Mapping[str, Any]

@@ -11,11 +11,10 @@ from harness.data import load_dataset, local_copy, select
 from harness.paths import write_text
 from harness.route_probes import RouteProbe, first_sentence, route_probes
 from harness.stats import read_texts
-from studies.records import EDITS
+from studies.records import EDITS, PARAGRAPHS
 from tasks import SIX
 
 TASKS, TEXTS = 50, 500  # records of each general task, and plain sentences, of either half
-PARAGRAPHS = ("wiki_paragraphs*.jsonl",)
 
 
 def probes_of(records: Path, data: str, *, half: int) -> list[RouteProbe]:

@@ -15,6 +15,7 @@ from typing import Any
 from harness.data import local_copy
 from harness.paths import read_lines, write_text
 
+PARAGRAPHS = ("wiki_paragraphs*.jsonl",)  # of Wikipedia, in the folder of data
 EDITS, OTHERS = 1000, 2000
 ORDERS = (0, 1, 2)
 SHARED = 3  # records of each of two relations from which a template counts as shared

@@ -27,7 +27,7 @@ from routing.reading import Edit, masked, read
 from routing.subjects import SubjectIndex
 from routing.text import normal
 from routing.wordings import WORDINGS, read_wordings
-from studies.records import related
+from studies.records import EDITS, related
 
 SIZES = (1000, 300, 100)  # of the corpora that a fit pools, the largest first
 WORDED = ("rewrite", "paraphrase_clean", "chat")  # probes that show how a relation may be worded
@@ -70,7 +70,7 @@ def decisions(
     records: Path,
     texts: Sequence[str],
     embed: Embed,
-    edits: int = 1000,
+    edits: int = EDITS,
     aliases: bool = False,
 ) -> list[Decision]:
     """What a router by name decides on each text."""
